@@ -1,0 +1,1 @@
+"""Recipes: `base` holds every option once, the other files state how they differ."""

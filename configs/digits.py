@@ -1,0 +1,31 @@
+"""MaskDiT on scikit-learn's handwritten digits: the whole system on a laptop CPU, in minutes.
+
+Hardware: 2 CPU cores. Results: docs/RESULTS.md.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.update(
+        size="custom",
+        hidden_size=96,
+        depth=4,
+        num_heads=4,
+        patch_size=2,
+        image_size=8,
+        channels=1,
+        num_classes=10,
+        decoder_hidden_size=48,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        precision="float32",
+    )
+    config.data.update(source="digits", space="pixels", num_threads=1)
+    config.training.update(num_steps=3_000, batch_size=128, ema_decay=0.995)
+    config.optimizer.update(learning_rate=1e-3, warmup_kimg=25.6)
+    config.checkpoint.every_steps = 500
+    config.report.preview_steps = 1_000
+    config.evaluation.num_samples = 1_437
+    return config

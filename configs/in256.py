@@ -1,0 +1,14 @@
+"""MaskDiT-XL/2 on ImageNet 256×256, masked training (MaskDiT, table 1; tuning: in256_tune*.py).
+
+Data: python tools/encode_latents.py --source=tfds:imagenet2012 --vae=DIR --resolution=256 --out=data/in256
+Published: 2M steps of 1024, 8 A100-80GB; 273 hours in all, the tuning included. FID-50k after tuning:
+5.69 without guidance, 2.28 with. Not run here.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.data.source = "latents:data/in256"
+    return config

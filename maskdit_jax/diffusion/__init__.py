@@ -1,0 +1,1 @@
+"""Mathematics of noise: knows networks only as functions."""

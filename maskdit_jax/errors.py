@@ -1,0 +1,27 @@
+"""Errors that a user can cause and mend: commands print them as one line, without a traceback."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done; the message says what, why and what to do."""
+
+
+def known(name: str, names: Iterable[str], how_many: int = 5) -> str:
+    """The known names, the ones most like `name` first, for the end of an error message."""
+    ranked = sorted(names, key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())
+    more = ", …" if len(ranked) > how_many else ""
+    return ", ".join(ranked[:how_many]) + more
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a UserError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

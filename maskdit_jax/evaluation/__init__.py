@@ -1,0 +1,1 @@
+"""Evaluation: numbers about samples, and the card that states them."""

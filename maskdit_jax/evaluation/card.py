@@ -1,0 +1,113 @@
+"""The evaluation card of the digits run: what was measured, how, and what the real data score."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdit_jax.api import Model, load
+from maskdit_jax.data.images import save_png
+from maskdit_jax.data.sources import Digits
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
+from maskdit_jax.training.checkpoint import open_run
+from maskdit_jax.training.report import PREVIEW_ENLARGE, sample_grid
+
+log = logging.getLogger("maskdit_jax")
+
+CARD, GRID = "card.json", "samples.png"
+
+
+def finish(workdir: Path) -> None:
+    """Sample grid and, if the run asks for one, evaluation card of the run's newest checkpoint.
+
+    Only what is missing or older than the checkpoint is made; the card is printed in any case.
+    """
+    checkpoints, config = open_run(workdir)
+    step, meta = checkpoints.latest_step, checkpoints.meta()
+    checkpoints.close()
+    card_file, grid_file = workdir / CARD, workdir / GRID
+    card = json.loads(card_file.read_text()) if card_file.exists() else {}
+    wanted = config.evaluation.num_samples
+    if not grid_file.exists() or (wanted and card.get("step") != step):
+        model = load(workdir)
+        save_png(grid_file, sample_grid(model), PREVIEW_ENLARGE)
+        if wanted:
+            card = {
+                "step": step,
+                **digits_card(model, wanted),
+                "training_s": meta["seconds"],
+                "training_images_per_s": meta["items_consumed"] / meta["seconds"],
+            }
+            partial = card_file.with_suffix(".tmp")
+            partial.write_text(json.dumps(card, indent=1))
+            partial.rename(card_file)
+    if card:
+        log.info(describe_card(card))
+    log.info(
+        f"finished at step {step:,}: samples in {grid_file}" + (f", card in {card_file}" if card else "")
+    )
+
+
+def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
+    """Measure samples of seeds 0 … num_samples - 1, with the labels of the training split in turn.
+
+    class_share: share of samples that a support vector machine, trained on the real training split,
+    assigns to the class asked for. frechet_distance: in pixel space, to the held-out digits; that
+    of the real training split beside it says what a perfect model could reach.
+    """
+    from sklearn.svm import SVC  # scikit-learn is slow to import
+
+    train, held_out = Digits("train"), Digits("held_out")
+    classifier = SVC().fit(_features(train.latents), train.labels)
+    reference = feature_statistics(_features(held_out.latents))
+
+    def distance(images):
+        return frechet_distance(*feature_statistics(_features(images)), *reference)
+
+    seeds, labels = np.arange(num_samples), np.resize(train.labels, num_samples)
+    guided_scale = model.config.sampling.cfg_scale
+    results = {}
+    for name, scale in (("guided", guided_scale), ("unguided", 1.0)):
+        started = time.monotonic()
+        images = model.sample(seeds, labels, cfg_scale=scale, batch_size=512)
+        results[name] = {
+            "cfg_scale": scale,
+            "class_share": float((classifier.predict(_features(images)) == labels).mean()),
+            "frechet_distance": distance(images),
+            "sampling_s": time.monotonic() - started,
+        }
+    return {
+        "num_samples": num_samples,
+        "seeds": [0, num_samples - 1],
+        "sampler": model.config.sampling.to_dict(),
+        **results,
+        "classifier_accuracy_on_held_out": classifier.score(_features(held_out.latents), held_out.labels),
+        "real_train_frechet_distance": distance(train.latents),
+    }
+
+
+def _features(images: np.ndarray) -> np.ndarray:
+    """Pixels [n, H·W] of images in [-1, 1], clipped to the range real ones have."""
+    return np.clip(images, -1, 1).reshape(len(images), -1)
+
+
+def describe_card(card: dict[str, Any]) -> str:
+    """The card as lines for a person."""
+    real = card["real_train_frechet_distance"]
+    lines = [
+        f"evaluation card ({card['num_samples']} samples, {card['sampler']['num_steps']} "
+        f"{card['sampler']['solver']} steps)",
+        f"  classifier on held-out real digits  {card['classifier_accuracy_on_held_out']:.3f}",
+        f"  Fréchet distance of real training digits to held-out ones  {real:.3f}",
+    ]
+    for name in ("guided", "unguided"):
+        r = card[name]
+        lines.append(
+            f"  {name:<8} (cfg_scale {r['cfg_scale']:g})  class share {r['class_share']:.3f}  Fréchet "
+            f"distance {r['frechet_distance']:.3f} = {r['frechet_distance'] / real:.2f} × real"
+        )
+    lines.append(f"  training {card['training_s']:.0f} s, {card['training_images_per_s']:,.0f} images/s")
+    return "\n".join(lines)

@@ -1,0 +1,22 @@
+"""Distances between sets of features."""
+
+import numpy as np
+
+
+def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] (divided by n - 1) of features [n, D], in float64."""
+    features = np.asarray(features, np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """|mean1 - mean2|² + tr(cov1 + cov2 - 2·(cov1·cov2)^½), the squared Fréchet distance of two Gaussians.
+
+    The trace of the root comes from the eigenvalues of the symmetric matrix cov1^½·cov2·cov1^½,
+    which singular covariances do not upset (FID: arXiv 1706.08500).
+    """
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    product = np.linalg.eigvalsh(root @ cov2 @ root)
+    trace_of_root = np.sqrt(np.clip(product, 0, None)).sum()
+    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)

@@ -1,0 +1,173 @@
+"""The transformer block with adaLN-Zero, the modulated linear map, and a stacked run of blocks."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maskdit_jax.models.embed import Linear
+
+MLP_RATIO = 4
+NORM_EPS = 1e-6
+REMAT_POLICIES = ("none", "mlp", "full")
+UNROLL_CHOICES = ("auto", "full", "none")
+# What the "mlp" policy keeps; only fc1's output and the GELU are computed again.
+_SAVED_NAMES = ("qkv", "attention", "projection", "residual", "fc2")
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LN(x)·(1 + scale) + shift for x [B, N, D], shift and scale [B, D]; the arithmetic is float32."""
+    x32 = jax.nn.standardize(x.astype(jnp.float32), epsilon=NORM_EPS)
+    return (x32 * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]).astype(x.dtype)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Tanh-approximated GELU that saves only its input for the backward pass."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), lambda x, g: jax.vjp(jax.nn.gelu, x)[1](g))
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Softmax attention, [B, N, h, d] each → [B, N, h, d]; softmax in float32.
+
+    cuDNN's fused kernel where it applies (GPU, 16-bit, head size a multiple of 8 up to 128);
+    elsewhere batched matrix products over [B·h, N, d], which a CPU runs at matmul speed.
+    """
+    batch, tokens, heads, head_size = query.shape
+    half_precision = query.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half_precision and head_size % 8 == 0 and head_size <= 128:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+    def flatten(x):
+        return x.transpose(0, 2, 1, 3).reshape(batch * heads, tokens, head_size)
+
+    query, key, value = flatten(query * head_size**-0.5), flatten(key), flatten(value)
+    logits = jax.lax.batch_matmul(query, key.transpose(0, 2, 1)).astype(jnp.float32)
+    # Divided by the row sum after the product with V: [N, d] divisions instead of [N, N].
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    out = jax.lax.batch_matmul(weights.astype(value.dtype), value)
+    out = (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    return out.reshape(batch, heads, tokens, head_size).transpose(0, 2, 1, 3)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, [B, N, D] → [B, N, D]."""
+
+    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.projection = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = checkpoint_name(self.qkv(x), "qkv")
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
+        return checkpoint_name(self.projection(checkpoint_name(out, "attention")), "projection")
+
+
+class MLP(nnx.Module):
+    """Linear D → 4D, GELU, Linear 4D → D."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, MLP_RATIO * width, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(MLP_RATIO * width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return checkpoint_name(self.fc2(gelu(self.fc1(x))), "fc2")
+
+
+class Modulation(nnx.Module):
+    """`parts` vectors [B, D] = Linear(SiLU(c)), zero at initialisation (adaLN-Zero; DiT, sec. 3.2)."""
+
+    def __init__(self, condition_size: int, width: int, parts: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros
+        self.parts = parts
+        self.linear = Linear(condition_size, parts * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, c: jax.Array) -> list[jax.Array]:
+        return jnp.split(self.linear(jax.nn.silu(c)), self.parts, axis=-1)
+
+
+class Block(nnx.Module):
+    """Transformer block with adaLN-Zero: x [B, N, D], c [B, C] → [B, N, D]."""
+
+    def __init__(self, width: int, num_heads: int, condition_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.modulation = Modulation(condition_size, width, 6, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        x = x + gate1[:, None] * self.attention(modulated_norm(x, shift1, scale1))
+        x = checkpoint_name(x, "residual")
+        return x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
+
+
+class ModulatedLinear(nnx.Module):
+    """LN, modulate from c, Linear: the bridge to the decoder and the output layer; zero at initialisation."""
+
+    def __init__(self, width: int, condition_size: int, out_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros
+        self.modulation = Modulation(condition_size, width, 2, dtype=dtype, rngs=rngs)
+        self.linear = Linear(width, out_size, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        return self.linear(modulated_norm(x, *self.modulation(c)))
+
+
+class BlockStack(nnx.Module):
+    """`depth` blocks whose parameters are stacked along a leading axis, applied by one `lax.scan`.
+
+    unroll: "full" (fastest on a GPU: a rolled loop copies every saved tensor into a stack), "none"
+    (compiles fastest, costs a CPU nothing) or "auto": full on a GPU, none elsewhere.
+    remat: "none" saves every activation, "mlp" computes fc1 and the GELU again in the backward
+    pass, "full" saves only the input of each block.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_heads: int,
+        condition_size: int,
+        *,
+        remat: str,
+        unroll: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(width, num_heads, condition_size, dtype=dtype, rngs=rngs)
+
+        self.remat, self.unroll = remat, unroll
+        self.layers = stack(rngs)
+
+    def block(self, index: int) -> Block:
+        """Block number `index`, with its own slice of the parameters."""
+        graphdef, params = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], params))
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        graphdef, params = nnx.split(self.layers)
+        on_gpu = jax.default_backend() == "gpu"
+        unroll = self.unroll == "full" or (self.unroll == "auto" and on_gpu)
+
+        def body(x, block_params):
+            return nnx.merge(graphdef, block_params)(x, c), None
+
+        if self.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = (
+                policies.save_only_these_names(*_SAVED_NAMES)
+                if self.remat == "mlp"
+                else policies.nothing_saveable
+            )
+            # Outside a rolled loop XLA would merge the recomputation with the forward pass.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+        return jax.lax.scan(body, x, params, unroll=unroll)[0]

@@ -1,0 +1,107 @@
+"""What enters the network: patches, noise level, labels, and the fixed position tables."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+NOISE_FEATURES = 256
+MAX_PERIOD = 10_000
+
+xavier_uniform = nnx.initializers.xavier_uniform()
+
+
+class Linear(nnx.Linear):
+    """Linear map [..., D_in] → [..., D_out], Xavier-uniform with zero bias unless told otherwise.
+
+    The product runs on a matrix [rows, D_in]: the same program on a GPU, a faster one on a CPU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_init: nnx.Initializer = xavier_uniform,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(in_features, out_features, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, self.in_features)
+        return super().__call__(rows).reshape(*x.shape[:-1], self.out_features)
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """Patches [B, N, p·p·C] of images [B, H, W, C]: N is row-major, a patch is (row, column, channel)."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
+    """Inverse of `patchify` for square images: [B, N, p·p·C] → [B, H, W, C]."""
+    batch, num_tokens, size = patches.shape
+    grid, channels = math.isqrt(num_tokens), size // patch_size**2
+    x = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
+    side = grid * patch_size
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side, side, channels)
+
+
+@functools.lru_cache
+def position_table(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table [grid², width], float32 (MaskDiT, sec. 3; MAE).
+
+    The first half of the channels encodes the column, the second half the row; in each half the
+    sines come before the cosines. It is no parameter: no gradient, no EMA, nothing to export.
+    """
+    frequencies = MAX_PERIOD ** -(np.arange(width // 4) / (width // 4))
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+
+    def encode(position):
+        angles = np.outer(position, frequencies)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    table = np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def noise_features(c_noise: jax.Array) -> jax.Array:
+    """Sinusoidal features [B, 256] of the conditioning value c_noise [B]: cosines, then sines."""
+    half = NOISE_FEATURES // 2
+    frequencies = jnp.exp(-math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = c_noise.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class NoiseEmbedding(nnx.Module):
+    """Conditioning value c_noise [B] → vector [B, D]: sinusoidal features, Linear, SiLU, Linear."""
+
+    def __init__(self, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.fc1 = Linear(NOISE_FEATURES, hidden_size, kernel_init=normal, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_size, hidden_size, kernel_init=normal, dtype=dtype, rngs=rngs)
+
+    def __call__(self, c_noise: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.silu(self.fc1(noise_features(c_noise))))
+
+
+class LabelEmbedding(nnx.Module):
+    """Labels [B] int → vector [B, D]: a row of a table; the label -1, "no class", is the zero vector."""
+
+    def __init__(self, num_classes: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        table = nnx.initializers.normal(0.02)(rngs.params(), (num_classes, hidden_size))
+        self.table = nnx.Param(table)
+        self.dtype = dtype
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        # A product with one-hot rows: the gradient is a matmul too, where a lookup's would be a
+        # scatter-add that collapses on a GPU when many samples share a row.
+        one_hot = jax.nn.one_hot(labels, self.table.shape[0], dtype=self.dtype)
+        return one_hot @ self.table[...].astype(self.dtype)

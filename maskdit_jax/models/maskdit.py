@@ -1,0 +1,129 @@
+"""MaskDiT's network F (arXiv 2306.09305, sec. 3): an encoder of the visible tokens, a light decoder of all.
+
+Without decoder it is a plain DiT.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskdit_jax.models.blocks import BlockStack, ModulatedLinear
+from maskdit_jax.models.embed import (
+    LabelEmbedding,
+    Linear,
+    NoiseEmbedding,
+    patchify,
+    position_table,
+    unpatchify,
+)
+from maskdit_jax.models.masking import TokenMask, keep_tokens, restore_tokens
+
+# (depth, hidden_size, num_heads); a size is written NAME/PATCH, for example "XL/2".
+SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "H": (32, 1280, 16),
+}
+# Compute dtype and the precision of its matrix products; parameters are always float32.
+PRECISIONS = {
+    "bfloat16": (jnp.bfloat16, "default"),
+    "tf32": (jnp.float32, "tensorfloat32"),
+    "float32": (jnp.float32, "highest"),
+}
+
+
+class MaskDiT(nnx.Module):
+    """The network F(x, c_noise, labels, mask); every argument is a number, so any size can be built.
+
+    num_classes 0 is an unconditional network. Without `use_mask_token` (a network trained without
+    the reconstruction loss) zeros fill the holes in front of the decoder; without `use_decoder`
+    F is 0 at hidden tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        use_decoder: bool = True,
+        use_mask_token: bool = True,
+        decoder_hidden_size: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        precision: str = "float32",
+        remat: str = "none",
+        unroll: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        dtype, self.matmul_precision = PRECISIONS[precision]
+        self.dtype = dtype
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
+        self.hidden_size = hidden_size
+        self.use_decoder = use_decoder
+        patch_values = patch_size**2 * channels
+
+        def blocks(depth, width, heads):
+            return BlockStack(
+                depth, width, heads, hidden_size, remat=remat, unroll=unroll, dtype=dtype, rngs=rngs
+            )
+
+        self.patch_embedding = Linear(patch_values, hidden_size, dtype=dtype, rngs=rngs)
+        self.noise_embedding = NoiseEmbedding(hidden_size, dtype=dtype, rngs=rngs)
+        self.label_embedding = nnx.data(None)
+        if num_classes:
+            self.label_embedding = LabelEmbedding(num_classes, hidden_size, dtype=dtype, rngs=rngs)
+        self.encoder = blocks(depth, hidden_size, num_heads)
+        width = decoder_hidden_size if use_decoder else hidden_size
+        self.mask_token = nnx.data(None)
+        if use_decoder:
+            self.bridge = ModulatedLinear(hidden_size, hidden_size, width, dtype=dtype, rngs=rngs)
+            if use_mask_token:
+                self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
+            self.decoder = blocks(decoder_depth, width, decoder_num_heads)
+        self.output = ModulatedLinear(width, hidden_size, patch_values, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, c_noise: jax.Array, labels: jax.Array, mask: TokenMask | None = None
+    ) -> jax.Array:
+        """F for x [B, H, W, C], c_noise [B], labels [B] int (-1 = no class) → [B, H, W, C] float32.
+
+        With a mask the encoder sees its K visible tokens only.
+        """
+        with jax.default_matmul_precision(self.matmul_precision):
+            c = self.condition(c_noise, labels)  # [B, D]
+            tokens = self.encoder(self.embed(x, mask), c)  # [B, K, D]
+            if self.use_decoder:
+                tokens = self.fill(self.bridge(tokens, c), mask)  # [B, N, D']
+                patches = self.output(self.decoder(tokens, c), c)  # [B, N, p·p·C]
+            else:
+                patches = self.output(tokens, c)  # [B, K, p·p·C]
+                patches = restore_tokens(patches, mask, jnp.zeros(patches.shape[-1]))
+        return unpatchify(patches.astype(jnp.float32), self.patch_size)
+
+    def condition(self, c_noise: jax.Array, labels: jax.Array) -> jax.Array:
+        """Condition c [B, D] of every block: noise level plus label."""
+        c = self.noise_embedding(c_noise)
+        return c if self.label_embedding is None else c + self.label_embedding(labels)
+
+    def embed(self, x: jax.Array, mask: TokenMask | None) -> jax.Array:
+        """Visible tokens with their positions, [B, K, D]; hidden patches are never embedded."""
+        batch = x.shape[0]
+        positions = jnp.asarray(position_table(self.hidden_size, self.grid), self.dtype)
+        positions = jnp.broadcast_to(positions, (batch, *positions.shape))
+        patches = keep_tokens(patchify(x, self.patch_size), mask)
+        return self.patch_embedding(patches) + keep_tokens(positions, mask)
+
+    def fill(self, kept: jax.Array, mask: TokenMask | None) -> jax.Array:
+        """Decoder tokens [B, N, D'] from the visible ones: mask tokens in the holes, positions added."""
+        width = kept.shape[-1]
+        filler = jnp.zeros(width) if self.mask_token is None else self.mask_token[...]
+        tokens = restore_tokens(kept, mask, filler)
+        return tokens + jnp.asarray(position_table(width, self.grid), self.dtype)

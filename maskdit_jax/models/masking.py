@@ -1,0 +1,68 @@
+"""Which tokens the encoder sees: draw masks, keep the visible tokens, put them back."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenMask(NamedTuple):
+    """A split of N tokens into K visible and N - K hidden ones, for each sample.
+
+    shuffle_ids [B, N]: the visible tokens' places in the order the encoder sees them, then the
+    hidden ones'. restore_ids [B, N]: its inverse permutation. keep_ids [B, K]: its first K columns.
+    """
+
+    keep_ids: jax.Array
+    shuffle_ids: jax.Array
+    restore_ids: jax.Array
+
+    @property
+    def hidden(self) -> jax.Array:
+        """[B, N] float32: 1 = hidden, 0 = visible."""
+        return (self.restore_ids >= self.keep_ids.shape[1]).astype(jnp.float32)
+
+
+def count_kept(num_tokens: int, mask_ratio: float) -> int:
+    """Number of visible tokens K = int(N·(1 - mask_ratio))."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
+def random_mask(uniform: jax.Array, num_keep: int) -> TokenMask:
+    """Keep the `num_keep` tokens with the smallest of the uniform numbers [B, N] (MaskDiT, sec. 3.2)."""
+    shuffle_ids = jnp.argsort(uniform, axis=1)
+    return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, jnp.argsort(shuffle_ids, axis=1))
+
+
+@jax.custom_vjp
+def permute_tokens(x: jax.Array, ids: jax.Array, inverse_ids: jax.Array) -> jax.Array:
+    """Reorder tokens x [B, N, D] by the permutations ids [B, N], whose inverses are `inverse_ids`.
+
+    The backward pass is the opposite gather, where autodiff would leave a scatter-add.
+    """
+    return _take(x, ids)
+
+
+def _take(x, ids):
+    return jnp.take_along_axis(x, ids[:, :, None], axis=1, mode="clip")
+
+
+permute_tokens.defvjp(
+    lambda x, ids, inverse_ids: (_take(x, ids), inverse_ids),
+    lambda inverse_ids, g: (_take(g, inverse_ids), None, None),
+)
+
+
+def keep_tokens(x: jax.Array, mask: TokenMask | None) -> jax.Array:
+    """Visible tokens [B, K, D] of x [B, N, D]. For inputs and constants: the gradient would be a scatter."""
+    return x if mask is None else _take(x, mask.keep_ids)
+
+
+def restore_tokens(kept: jax.Array, mask: TokenMask | None, filler: jax.Array) -> jax.Array:
+    """Tokens [B, N, D]: the visible ones [B, K, D] at their places, `filler` [D] in the holes."""
+    if mask is None:
+        return kept
+    batch, num_keep, width = kept.shape
+    holes = jnp.broadcast_to(filler, (batch, mask.restore_ids.shape[1] - num_keep, width))
+    tokens = jnp.concatenate([kept, holes.astype(kept.dtype)], axis=1)
+    return permute_tokens(tokens, mask.restore_ids, mask.shuffle_ids)

@@ -1,0 +1,129 @@
+"""Command: images or latents from a run folder.
+
+An image depends on the weights, its seed, its label and the options only, not on the batch or the devices.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from maskdit_jax.api import MAX_SEED, WEIGHTS, Model, load
+from maskdit_jax.data.images import save_png, tile, to_uint8
+from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
+from maskdit_jax.errors import UserError, one_line_errors
+from maskdit_jax.training.report import log, log_to_stdout
+
+FORMATS = ("png", "npz", "grid")
+MAX_GRID = 400
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse flags, load the model, write samples."""
+    parser = argparse.ArgumentParser("python -m maskdit_jax.sample", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 3,5,7-9")
+    parser.add_argument("--labels", help="one class, or one for each seed; default: seed mod classes")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema")
+    parser.add_argument("--format", help="of png,npz,grid; default: png,grid, of latents npz")
+    parser.add_argument("--guidance_interval", help="LOW,HIGH: the noise levels that are guided")
+    for field in dataclasses.fields(SamplerOptions):
+        if field.name != "guidance_interval":
+            parser.add_argument(f"--{field.name}", type=field.type, help="default: the run's")
+    flags = parser.parse_args(arguments)
+    log_to_stdout()
+    with one_line_errors():
+        write_samples(load(flags.workdir, flags.weights), flags)
+
+
+def write_samples(model: Model, flags: argparse.Namespace) -> None:
+    """Sample every seed of the flags and write the formats asked for."""
+    formats = _parse_formats(flags.format, model.config.data.space)
+    seeds = parse_integers("--seeds", flags.seeds)
+    labels = parse_integers("--labels", flags.labels) if flags.labels else None
+    if labels is not None and len(labels) == 1:
+        labels = np.repeat(labels, len(seeds))
+    labels = model.check_labels(seeds, labels)
+    options = {f.name: getattr(flags, f.name) for f in dataclasses.fields(SamplerOptions)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if flags.guidance_interval:
+        options["guidance_interval"] = _parse_interval(flags.guidance_interval)
+    options = model.sampler_options(**options)
+    if flags.batch_size < 1:
+        raise UserError(f"--batch_size={flags.batch_size} must be at least 1")
+
+    flags.out.mkdir(parents=True, exist_ok=True)
+    kept, started = [], time.monotonic()
+    for start in range(0, len(seeds), flags.batch_size):
+        part = slice(start, start + flags.batch_size)
+        samples = model.sample(
+            seeds[part], labels[part], batch_size=flags.batch_size, **dataclasses.asdict(options)
+        )
+        if model.config.data.space == "pixels":
+            samples = to_uint8(samples)
+        if "png" in formats:
+            for seed, image in zip(seeds[part], samples, strict=True):
+                save_png(flags.out / f"{seed:06d}.png", image)
+        if "npz" in formats or start < MAX_GRID:
+            kept.append(samples)
+        log.info(f"{start + len(samples):,}/{len(seeds):,} samples")
+    if "npz" in formats:
+        samples = np.concatenate(kept)
+        np.savez(flags.out / "samples.npz", samples=samples, seeds=seeds, labels=labels)
+    if "grid" in formats:
+        shown = np.concatenate(kept)[:MAX_GRID]
+        save_png(flags.out / "grid.png", tile(shown, columns=round(len(shown) ** 0.5)))
+    seconds = time.monotonic() - started
+    calls = count_denoiser_calls(options.num_steps, options.solver)
+    guided = f", each on both halves of cfg_scale {options.cfg_scale:g}" * (options.cfg_scale != 1)
+    log.info(
+        f"wrote {len(seeds):,} samples ({', '.join(formats)}) to {flags.out} in {seconds:.1f} s: "
+        f"{len(seeds) / seconds:.1f} samples/s, {calls} network calls each{guided}"
+    )
+
+
+def parse_integers(flag: str, text: str) -> np.ndarray:
+    """Integers [n] of a text such as "3,5,7-9"; -1 is allowed.
+
+    Raises:
+      UserError: the text is something else.
+    """
+    numbers = []
+    try:
+        for part in text.split(","):
+            first, separator, last = part.strip().rpartition("-")
+            if separator and first:
+                if int(last) < int(first) or int(last) > MAX_SEED:
+                    raise ValueError
+                numbers.append(np.arange(int(first), int(last) + 1))
+            else:
+                numbers.append(np.array([int(part)]))
+    except ValueError:
+        raise UserError(f"{flag}={text}: expected integers such as 0-49999 or 3,5,7-9") from None
+    return np.concatenate(numbers)
+
+
+def _parse_formats(text: str | None, space: str) -> list[str]:
+    formats = text.split(",") if text else {"pixels": ["png", "grid"], "latents": ["npz"]}[space]
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"--format={text}: {name!r} is unknown; known: {', '.join(FORMATS)}")
+        if name != "npz" and space == "latents":
+            raise UserError(f"--format={text}: this run's model makes latents, which have no pixels; use npz")
+    return formats
+
+
+def _parse_interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--guidance_interval={text}: expected LOW,HIGH such as 0.3,5") from None
+    return low, high
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How fast a configuration trains, on synthetic latents that stay on the device: no data, no TensorFlow."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+
+from maskdit_jax.config import ConfigDict
+from maskdit_jax.training.build import batch_shapes, build
+
+WARM_UP_STEPS = 3
+
+
+def compile_step(config: ConfigDict, batch_size: int) -> tuple[Any, float]:
+    """The step of `config`, resolved, compiled from shapes for its first mask ratio; seconds it took."""
+    training = build(config)
+    shapes = batch_shapes(config, training.mesh, batch_size)
+    started = time.monotonic()
+    lowered = training.step.lower(training.state_shapes, shapes, training.num_keep(0))
+    return lowered.compile(), time.monotonic() - started
+
+
+def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
+    """Time `blocks` blocks of `steps` training steps of `config`, resolved, after a warm-up.
+
+    Returns times in seconds, memory in bytes. The host waits for the device once per block; the
+    step time is the median of the blocks' means, images_per_s follows from it.
+    """
+    batch_size = config.training.batch_size
+    compiled, compile_s = compile_step(config, batch_size)
+    training = build(config)
+    state = training.start(None)
+    shapes = batch_shapes(config, training.mesh, batch_size)
+    key = jax.random.key(config.seed)
+    latents = jax.random.normal(key, shapes["latents"].shape) * config.diffusion.sigma_data
+    labels = jax.random.randint(key, (batch_size,), 0, max(config.model.num_classes, 1))
+    batch = {
+        "latents": jax.device_put(latents, shapes["latents"].sharding),
+        "label": jax.device_put(labels, shapes["label"].sharding),
+    }
+
+    def run(count: int) -> float:
+        nonlocal state
+        started = time.monotonic()
+        for _ in range(count):
+            state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+        return (time.monotonic() - started) / count
+
+    run(WARM_UP_STEPS)
+    times = [run(steps) for _ in range(blocks)]
+    step_s = statistics.median(times)
+    memory = compiled.memory_analysis()
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} × {jax.device_count()}",
+        "jax": jax.__version__,
+        "batch_size": batch_size,
+        "visible_patches": training.num_keep(0),
+        "parameters": sum(x.size for x in jax.tree.leaves(training.state_shapes.params)),
+        "compile_s": compile_s,
+        "step_s": step_s,
+        "step_s_min_max": [min(times), max(times)],
+        "images_per_s": batch_size / step_s,
+        # Of the compiled program: what it holds at once, donated buffers counted once.
+        "program_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "peak_bytes_in_use": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }

@@ -1,0 +1,140 @@
+"""The training loop: data → step → report → checkpoint → preview. No mathematics."""
+
+import logging
+import time
+from pathlib import Path
+
+import jax
+
+from maskdit_jax.api import Model
+from maskdit_jax.config import ConfigDict
+from maskdit_jax.data.pipeline import batches, to_devices
+from maskdit_jax.data.sources import open_source
+from maskdit_jax.errors import UserError
+from maskdit_jax.training.build import Training, build
+from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
+from maskdit_jax.training.mesh import batch_sharding
+from maskdit_jax.training.report import Reporter, sample_grid
+from maskdit_jax.training.state import TrainState
+
+log = logging.getLogger("maskdit_jax")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Run `config`, resolved, in the folder `workdir` up to its last step; continue if it has begun.
+
+    Raises:
+      UserError: the data, the folder or the run to start from do not fit, or too many steps in a
+        row were not finite.
+    """
+    steps = config.training.num_steps
+    source = open_source(
+        config.data.source,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        num_classes=config.model.num_classes,
+    )
+    training = build(config)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    state, items, seconds = _begin(config, training, checkpoints)
+    step = first_step = int(state.step)
+    if step >= steps:
+        log.info(f"already finished: step {step:,} of {steps:,}")
+        return checkpoints.close()
+
+    log.info(_describe(config, training, len(source)))
+    reporter = Reporter(
+        workdir,
+        first_step=first_step,
+        num_steps=steps,
+        batch_size=config.training.batch_size,
+        every_steps=config.report.every_steps,
+        tensorboard=config.report.tensorboard and jax.process_index() == 0,
+    )
+    host_batches = batches(
+        source,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        start_item=items,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    device_batches = to_devices(host_batches, batch_sharding(training.mesh))
+    started = time.monotonic()
+
+    def save():
+        meta = {
+            "config": config.to_dict(),
+            "items_consumed": items,
+            "seconds": seconds + time.monotonic() - started,
+        }
+        checkpoints.save(state, meta)
+
+    try:
+        while step < steps:
+            state, metrics = training.step(state, next(device_batches), training.num_keep(step))
+            step, items = step + 1, items + config.training.batch_size
+            arrived = [reporter.add(metrics)]
+            due = {
+                "checkpoint": step % config.checkpoint.every_steps == 0 or step == steps,
+                "preview": config.report.preview_steps and step % config.report.preview_steps == 0,
+            }
+            if any(due.values()):
+                arrived += reporter.drain()
+            _stop_if_diverged(arrived, config.training.max_nonfinite_steps, checkpoints)
+            with reporter.off_the_clock():
+                if due["checkpoint"]:
+                    save()
+                if due["preview"]:
+                    model = Model(config, state.ema_params, training.mesh)
+                    log.info(f"preview: {reporter.grid(step, sample_grid(model))}")
+    finally:
+        checkpoints.close()
+        reporter.close()
+
+
+def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
+    """State, items consumed and seconds trained: of the newest checkpoint, of another run, or fresh."""
+    if checkpoints.latest_step is not None:
+        meta = checkpoints.meta()
+        check_same_model(ConfigDict(meta["config"]), config, str(checkpoints.folder))
+        state = checkpoints.restore(training.state_shapes)
+        log.info(f"resumed at step {int(state.step):,} from {checkpoints.folder}")
+        return state, meta["items_consumed"], meta["seconds"]
+    if config.init_from:
+        other, other_config = open_run(config.init_from)
+        check_same_model(other_config, config, config.init_from)
+        shapes = training.state_shapes
+        state = training.start(other.restore_weights("params", shapes.params))
+        state = state._replace(ema_params=other.restore_weights("ema_params", shapes.ema_params))
+        step = other.latest_step
+        other.close()
+        log.info(f"weights and EMA from step {step:,} of {config.init_from}; the optimizer starts fresh")
+        return state, 0, 0.0
+    return training.start(None), 0, 0.0
+
+
+def _describe(config: ConfigDict, training: Training, num_items: int) -> str:
+    count = sum(x.size for x in jax.tree.leaves(training.state_shapes.params))
+    tokens = (config.model.image_size // config.model.patch_size) ** 2
+    levels = ", ".join(str(k) for k in training.keep_levels)
+    return (
+        f"{count:,} parameters · {num_items:,} items of {config.data.source} · batch "
+        f"{config.training.batch_size} on {training.mesh.size} {jax.default_backend()} device(s), data "
+        f"{config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {tokens}: "
+        f"{len(training.keep_levels)} compiled program(s)"
+    )
+
+
+def _stop_if_diverged(arrived: list, limit: int, checkpoints: Checkpoints) -> None:
+    worst = max((m["nonfinite_in_row"] for m in arrived if m), default=0)
+    if worst >= limit:
+        newest = checkpoints.latest_step
+        raise UserError(
+            f"the loss or the gradient was not finite in {worst:.0f} steps in a row "
+            f"(training.max_nonfinite_steps={limit}); "
+            + ("there is no checkpoint yet" if newest is None else f"checkpoint {newest} is intact")
+            + "; run again with a lower optimizer.learning_rate, with optimizer.clip_norm=1 or with "
+            "model.precision=float32"
+        )

@@ -1,0 +1,163 @@
+"""What a person sees of a run: progress lines, TensorBoard scalars and sample grids."""
+
+import collections
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from maskdit_jax.api import Model
+from maskdit_jax.data.images import save_png, tile, to_uint8
+from maskdit_jax.errors import UserError
+from maskdit_jax.training.step import Metrics
+
+log = logging.getLogger("maskdit_jax")
+
+# Steps whose metrics are still on their way: the device always has the next step to work on.
+IN_FLIGHT = 2
+PREVIEW_ENLARGE = 4
+
+
+def log_to_stdout() -> None:
+    """Print the package's messages, and nothing else, as plain lines on standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
+class Reporter:
+    """Collects metrics of steps without making the device wait, and writes means at intervals."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        num_steps: int,
+        batch_size: int,
+        every_steps: int,
+        tensorboard: bool,
+    ):
+        self._workdir = workdir
+        self._num_steps, self._batch_size, self._every = num_steps, batch_size, every_steps
+        self._writer = _tensorboard_writer(workdir / "tensorboard") if tensorboard else None
+        self._waiting = collections.deque()
+        self._interval: list[dict[str, float]] = []
+        self._step = first_step
+        self._started = self._interval_started = None
+
+    def add(self, metrics: Metrics) -> dict[str, float] | None:
+        """Take the metrics of the step just dispatched; return those of an earlier step, now arrived."""
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self._waiting.append(metrics)
+        return self._arrive() if len(self._waiting) > IN_FLIGHT else None
+
+    def drain(self) -> list[dict[str, float]]:
+        """Wait for all steps taken; their metrics."""
+        return [self._arrive() for _ in range(len(self._waiting))]
+
+    def _arrive(self) -> dict[str, float]:
+        metrics = {k: float(v) for k, v in jax.device_get(self._waiting.popleft()).items()}
+        now = time.monotonic()
+        self._step += 1
+        if self._started is None:  # the first step includes compilation: the clock starts after it
+            self._started = self._interval_started = now
+            self._first_timed_step = self._step
+        self._interval.append(metrics)
+        if self._step % self._every == 0 or self._step == self._num_steps:
+            self._report(now)
+        return metrics
+
+    def _report(self, now: float) -> None:
+        interval, self._interval = self._interval, []
+        names = ("loss", "denoise_loss", "mae_loss", "grad_norm")
+        means = {}
+        for name in names:
+            # Skipped steps are counted, not averaged.
+            values = [m[name] for m in interval if name in m and np.isfinite(m[name])]
+            if values:
+                means[name] = float(np.mean(values))
+        timed_steps = self._step - max(self._step - len(interval), self._first_timed_step)
+        seconds = now - self._interval_started
+        speed = timed_steps * self._batch_size / seconds if timed_steps and seconds else 0.0
+        self._interval_started = now
+        skipped = int(interval[-1]["nonfinite_total"])
+
+        parts = [f"step {self._step:,}/{self._num_steps:,}"]
+        parts += [f"{name} {means[name]:.4f}" for name in names if name in means]
+        parts += [f"{speed:,.0f} images/s"] if speed else []
+        parts += [f"{_duration(self._time_left(now))} left"] if speed else []
+        parts += [f"{skipped} non-finite steps skipped"] if skipped else []
+        log.info(" · ".join(parts))
+        if self._writer:
+            scalars = means | {"nonfinite_total": skipped}
+            scalars |= {"images_per_second": speed} if speed else {}
+            self._writer.write_scalars(self._step, scalars)
+
+    def _time_left(self, now: float) -> float:
+        done = self._step - self._first_timed_step
+        return (self._num_steps - self._step) * (now - self._started) / max(done, 1)
+
+    def grid(self, step: int, grid: np.ndarray) -> Path:
+        """Write a sample grid [H, W, 1 or 3] uint8 as a PNG and to TensorBoard; the PNG's path."""
+        folder = self._workdir / "previews"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{step:08d}.png"
+        save_png(path, grid, PREVIEW_ENLARGE)
+        if self._writer:
+            self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
+        return path
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Leave what runs inside, with no step in flight, out of the speed."""
+        entered = time.monotonic()
+        yield
+        if self._started is not None:
+            spent = time.monotonic() - entered
+            self._started += spent
+            self._interval_started += spent
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._writer:
+            self._writer.close()
+
+
+def sample_grid(model: Model) -> np.ndarray:
+    """Grid [H, W, 1 or 3] uint8 of samples of the EMA, a row for each class; of latents three channels."""
+    report, num_classes = model.config.report, model.config.model.num_classes
+    columns = report.preview_columns
+    rows = min(report.preview_rows, num_classes or report.preview_rows)
+    labels = np.repeat(np.arange(rows), columns) if num_classes else None
+    images = model.sample(np.arange(rows * columns), labels, batch_size=rows * columns)
+    return tile(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
+
+
+def _tensorboard_writer(folder: Path):
+    """clu's TensorBoard writer, in a thread of its own; the only place that imports TensorFlow."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        import tensorflow as tf
+        from clu import metric_writers
+    except ImportError as error:
+        raise UserError(
+            f"report.tensorboard=true needs {error.name}: pip install 'maskdit_jax[tensorboard]', or "
+            "pass --config.report.tensorboard=false"
+        ) from error
+    tf.config.set_visible_devices([], "GPU")
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

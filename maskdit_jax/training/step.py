@@ -1,0 +1,131 @@
+"""One training step: a pure function of the state and a batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from maskdit_jax.data.latents import draw_latents
+from maskdit_jax.diffusion.edm import precondition
+from maskdit_jax.diffusion.losses import NoisyBatch, draw_noisy_batch, maskdit_loss
+from maskdit_jax.training.state import TrainState, update_ema
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The numbers of a step; the names are those of the configuration."""
+
+    seed: int
+    patch_size: int
+    num_tokens: int
+    sigma_data: float
+    P_mean: float
+    P_std: float
+    mae_coef: float
+    label_dropout: float
+    latent_scale: float
+    accumulate: int
+    ema_decay: float
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, options: StepOptions
+) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, Metrics]]:
+    """train_step(state, batch, num_keep) → state, metrics; num_keep is static, each value a program.
+
+    batch: `label` [B] int, and `latents` [B, H, W, C] or `moments` [B, H, W, 2C]. Every random number is
+    a function of (seed, step, place in the batch), so neither the mesh nor a restart changes a run.
+    A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were.
+    """
+
+    def batch_loss(params, noisy_batch: NoisyBatch):
+        denoise = precondition(nnx.merge(graphdef, params), options.sigma_data)
+        loss, terms = maskdit_loss(
+            denoise,
+            noisy_batch,
+            patch_size=options.patch_size,
+            sigma_data=options.sigma_data,
+            mae_coef=options.mae_coef,
+        )
+        means = {name: term.mean() for name, term in terms.items()}
+        return loss.mean(), {"loss": loss.mean(), **means}
+
+    def gradient(params, noisy_batch: NoisyBatch):
+        value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+        if options.accumulate == 1:
+            (_, metrics), grads = value_and_grad(params, noisy_batch)
+            return grads, metrics
+
+        def add_microbatch(total, microbatch):
+            (_, metrics), grads = value_and_grad(params, microbatch)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+        # Every microbatch takes its part of every device's items: [B] → [accumulate, B / accumulate].
+        def cut(x):
+            return x.reshape(-1, options.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        microbatches = jax.tree.map(cut, noisy_batch)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        shapes = jax.eval_shape(value_and_grad, params, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1]))
+        total, _ = jax.lax.scan(add_microbatch, zeros, microbatches)
+        return jax.tree.map(lambda x: x / options.accumulate, total)
+
+    def train_step(
+        state: TrainState, batch: dict[str, jax.Array], num_keep: int
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        posterior_key, draw_key = jax.random.split(key)
+        noisy_batch = draw_noisy_batch(
+            draw_key,
+            _latents(batch, posterior_key, options.latent_scale),
+            batch["label"],
+            P_mean=options.P_mean,
+            P_std=options.P_std,
+            label_dropout=options.label_dropout,
+            num_tokens=options.num_tokens,
+            num_keep=num_keep,
+        )
+        grads, metrics = gradient(state.params, noisy_batch)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = update_ema(state.ema_params, params, options.ema_decay)
+
+        def keep_if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = 1 - finite.astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep_if_finite(params, state.params),
+            ema_params=keep_if_finite(ema_params, state.ema_params),
+            opt_state=keep_if_finite(opt_state, state.opt_state),
+            nonfinite_in_row=(state.nonfinite_in_row + 1) * skipped,
+            nonfinite_total=state.nonfinite_total + skipped,
+        )
+        metrics |= {
+            "grad_norm": grad_norm,
+            "nonfinite_in_row": new_state.nonfinite_in_row,
+            "nonfinite_total": new_state.nonfinite_total,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def _latents(batch: dict[str, jax.Array], key: jax.Array, latent_scale: float) -> jax.Array:
+    """Latents [B, H, W, C] of a batch: as they are, or a new draw from the cached moments."""
+    if "latents" in batch:
+        return batch["latents"]
+    moments = batch["moments"]
+    noise = jax.random.normal(key, (*moments.shape[:-1], moments.shape[-1] // 2))
+    return draw_latents(moments, noise, latent_scale)

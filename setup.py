@@ -1,0 +1,40 @@
+"""Packaging of maskdit_jax."""
+
+from setuptools import find_packages, setup
+
+TENSORBOARD = [
+    # Only clu's TensorBoard writer imports TensorFlow; training itself never does.
+    "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "tensorboard",
+]
+TORCH = ["torch==2.13.0"]
+
+setup(
+    name="maskdit_jax",
+    version="0.1.0",
+    description="Training diffusion transformers on masked tokens, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["maskdit_jax", "maskdit_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "tensorflow-datasets>=4.9.10",
+        "ml-collections>=1.1",
+        "clu>=0.0.12",
+        "numpy>=2",
+        "grain>=0.2.18",
+        "scikit-learn>=1.5",
+        "pillow>=11",
+        *TENSORBOARD,
+    ],
+    extras_require={
+        "test": ["pytest>=9", "ruff==0.17.5", *TORCH],
+        "torch": TORCH,
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+    },
+)

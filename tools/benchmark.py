@@ -1,0 +1,45 @@
+"""Speed and memory of the training step of any config, on synthetic data."""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from maskdit_jax.config import load, resolve
+from maskdit_jax.errors import one_line_errors
+from maskdit_jax.training.benchmark import benchmark, compile_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--batch", type=int, help="items per step; default: the config's")
+    parser.add_argument("--blocks", type=int, default=5, help="blocks timed; the median counts")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a block")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--compile_only", action="store_true", help="compile from shapes, run nothing")
+    flags, overrides = parser.parse_known_args()
+    with one_line_errors():
+        config = load(flags.config, overrides)
+        if flags.batch:
+            config.training.batch_size = flags.batch
+        config = resolve(config, device_count=jax.device_count())
+        if flags.compile_only:
+            _, seconds = compile_step(config, config.training.batch_size)
+            result = {"batch_size": config.training.batch_size, "compile_s": seconds}
+        else:
+            result = benchmark(config, blocks=flags.blocks, steps=flags.steps)
+        result = {"config": flags.config, "overrides": overrides} | result
+        text = json.dumps(result, indent=1)
+        if flags.json:
+            flags.json.write_text(text)
+        print(text)
+        if "step_s" in result:
+            print(f"{result['images_per_s']:,.1f} images/s, {result['step_s'] * 1000:.1f} ms a step")
+        else:
+            print(f"compiled in {result['compile_s']:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
