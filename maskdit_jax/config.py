@@ -1,6 +1,7 @@
 """Configurations: load a file, apply overrides, fill in sizes, check every value before anything is built."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ except ModuleNotFoundError:
     class ConfigDict(dict):
         """The part of ml_collections' ConfigDict that configs use, so that the benchmark runs without it."""
 
+        _locked = False
+
         def __init__(self, values=()):
             super().__init__()
             self.update(**dict(values))
@@ -30,13 +33,19 @@ except ModuleNotFoundError:
                 raise AttributeError(name) from None
 
         def __setattr__(self, name, value):
-            self[name] = ConfigDict(value) if isinstance(value, dict) else value
+            if self._locked and name not in self:
+                raise AttributeError(f"{name!r} is unknown; known: {known(name, self)}")
+            self[name] = ConfigDict(value) if type(value) is dict else value
 
         def update(self, **values):
             for name, value in values.items():
                 setattr(self, name, value)
 
         def lock(self):
+            for section in self.values():
+                if isinstance(section, ConfigDict):
+                    section.lock()
+            vars(self)["_locked"] = True
             return self
 
         def to_dict(self):
@@ -80,16 +89,22 @@ def load(path: str, overrides: list[str] = ()) -> ConfigDict:
       UserError: no such file, unknown key (the message names the nearest ones) or wrong type.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".py":
         names = sorted(str(p) for p in file.parent.glob("*.py") if p.stem not in ("__init__", "base"))
-        raise UserError(f"--config={path}: no such file; found: {known(path, names) or 'none'}")
+        raise UserError(f"--config={path}: no such Python file; found: {known(path, names) or 'none'}")
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)  # configs import each other as `configs.NAME`
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    try:
+        config = module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = error.args[0] if error.args else error
+        while isinstance(reason, Exception):  # ml_collections wraps one error in another
+            reason = reason.args[0]
+        raise UserError(f"--config={path}: {' '.join(str(reason).split())}") from error
     for override in overrides:
         _apply(config, override)
     return config
@@ -132,7 +147,7 @@ def _parse(flag: str, text: str, kind: type) -> bool | int | float | str:
         raise UserError(f"{flag}={text}: expected {expected}") from None
 
 
-def resolve(config: ConfigDict, *, device_count: int, process_count: int = 1) -> ConfigDict:
+def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
     """A checked, locked copy with the model's size filled in and the mesh made explicit.
 
     Raises:
@@ -142,7 +157,7 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int = 1) ->
     _resolve_size(config.model)
     _check_values(config)
     _check_model(config)
-    _check_devices(config, device_count, process_count)
+    _check_devices(config, device_count)
     return config.lock()
 
 
@@ -181,6 +196,7 @@ def _check_values(config: ConfigDict) -> None:
             _require(value in CHOICES[name], f"{name}={value!r} is unknown; known: {known_values}")
         if isinstance(value, str):
             continue
+        _require(math.isfinite(value), f"{name}={value} must be finite")
         _require(value >= 1 or name not in AT_LEAST_ONE, f"{name}={value} must be at least 1")
         _require(value > 0 or name not in POSITIVE, f"{name}={value} must be greater than 0")
         _require(value >= 0 or name not in NOT_NEGATIVE, f"{name}={value} must not be negative")
@@ -212,19 +228,21 @@ def _check_model(config: ConfigDict) -> None:
         )
         _require(m[width] % 4 == 0, f"model.{width}={m[width]} must be a multiple of 4")
     tokens = (m.image_size // m.patch_size) ** 2
-    highest = d.mask_ratio if d.mask_schedule == "constant" else max(d.mask_ratio, d.mask_ratio_min)
+    for ratio in ("mask_ratio",) if d.mask_schedule == "constant" else ("mask_ratio", "mask_ratio_min"):
+        at_most = math.floor(1000 * (1 - 1 / tokens)) / 1000
+        _require(
+            count_kept(tokens, d[ratio]) >= 1,
+            f"diffusion.{ratio}={d[ratio]} hides all {tokens} patches; use at most {at_most}",
+        )
+    count = config.evaluation.num_samples
     _require(
-        count_kept(tokens, highest) >= 1,
-        f"diffusion.mask_ratio={highest} hides all {tokens} patches; use at most {1 - 1 / tokens:g}",
+        not count or config.data.source == "digits",
+        f"evaluation.num_samples={count} is for data.source='digits'; set it to 0",
     )
-    card = config.evaluation.num_samples > 0
-    _require(
-        not card or config.data.source == "digits",
-        f"evaluation.num_samples={config.evaluation.num_samples} is for data.source='digits'; set it to 0",
-    )
+    _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")
 
 
-def _check_devices(config: ConfigDict, device_count: int, process_count: int) -> None:
+def _check_devices(config: ConfigDict, device_count: int) -> None:
     mesh, training = config.mesh, config.training
     if mesh.data == 0:
         mesh.data = max(device_count // mesh.fsdp, 1)

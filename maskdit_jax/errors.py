@@ -19,9 +19,12 @@ def known(name: str, names: Iterable[str], how_many: int = 5) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2."""
+    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues a run from its newest checkpoint", file=sys.stderr)
+        sys.exit(130)

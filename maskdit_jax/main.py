@@ -21,8 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags, overrides = parser.parse_known_args(arguments)
     log_to_stdout()
     with one_line_errors():
-        config = load(flags.config, overrides)
-        config = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+        config = resolve(load(flags.config, overrides), device_count=jax.device_count())
         train(config, flags.workdir)
         finish(flags.workdir)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from maskdit_jax.config import load, resolve
-from maskdit_jax.errors import one_line_errors
+from maskdit_jax.errors import UserError, one_line_errors
 from maskdit_jax.training.benchmark import benchmark, compile_step
 
 
@@ -21,8 +21,13 @@ def main() -> None:
     parser.add_argument("--compile_only", action="store_true", help="compile from shapes, run nothing")
     flags, overrides = parser.parse_known_args()
     with one_line_errors():
+        for name in ("blocks", "steps"):
+            if getattr(flags, name) < 1:
+                raise UserError(f"--{name}={getattr(flags, name)} must be at least 1")
+        if flags.json and not flags.json.parent.is_dir():
+            raise UserError(f"--json={flags.json}: there is no folder {flags.json.parent}")
         config = load(flags.config, overrides)
-        if flags.batch:
+        if flags.batch is not None:
             config.training.batch_size = flags.batch
         config = resolve(config, device_count=jax.device_count())
         if flags.compile_only:

@@ -50,11 +50,16 @@ def open_shards(folder: str) -> tuple[dict, list[np.memmap]]:
             f"data.source: no latents in {folder!r} ({METADATA} is missing); make them with "
             f"python tools/encode_latents.py --source=tfds:imagenet2012 --vae=DIR --out={folder}"
         )
-    metadata = json.loads((path / METADATA).read_text())
-    record = record_dtype(metadata["image_size"], metadata["channels"], metadata["dtype"])
+    try:
+        metadata = json.loads((path / METADATA).read_text())
+        record = record_dtype(metadata["image_size"], metadata["channels"], metadata["dtype"])
+        listed = [(path / shard["file"], shard["num_records"]) for shard in metadata["shards"]]
+        num_classes = metadata["num_classes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data.source: {path / METADATA} is damaged: {error!r}") from error
     shards = []
-    for shard in metadata["shards"]:
-        file, expected = path / shard["file"], shard["num_records"] * record.itemsize
+    for file, num_records in listed:
+        expected = num_records * record.itemsize
         size = file.stat().st_size if file.is_file() else 0
         if size != expected:
             raise UserError(f"data.source: {file} has {size} bytes, expected {expected}")
@@ -86,5 +91,7 @@ def write_shards(
         "moments": "mean, logvar",
         "shards": shards,
     }
-    # Last, so that a folder with metadata is a complete one.
-    (path / METADATA).write_text(json.dumps(metadata, indent=1))
+    # Last and in one rename, so that a folder with metadata is a complete one.
+    partial = path / (METADATA + ".tmp")
+    partial.write_text(json.dumps(metadata, indent=1))
+    partial.rename(path / METADATA)

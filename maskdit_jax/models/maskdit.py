@@ -116,8 +116,9 @@ class MaskDiT(nnx.Module):
     def embed(self, x: jax.Array, mask: TokenMask | None) -> jax.Array:
         """Visible tokens with their positions, [B, K, D]; hidden patches are never embedded."""
         batch = x.shape[0]
-        positions = jnp.asarray(position_table(self.hidden_size, self.grid), self.dtype)
-        positions = jnp.broadcast_to(positions, (batch, *positions.shape))
+        positions = jnp.broadcast_to(
+            self.positions(self.hidden_size), (batch, self.grid**2, self.hidden_size)
+        )
         patches = keep_tokens(patchify(x, self.patch_size), mask)
         return self.patch_embedding(patches) + keep_tokens(positions, mask)
 
@@ -126,4 +127,8 @@ class MaskDiT(nnx.Module):
         width = kept.shape[-1]
         filler = jnp.zeros(width) if self.mask_token is None else self.mask_token[...]
         tokens = restore_tokens(kept, mask, filler)
-        return tokens + jnp.asarray(position_table(width, self.grid), self.dtype)
+        return tokens + self.positions(width)
+
+    def positions(self, width: int) -> jax.Array:
+        """Fixed position table [1, N, width]."""
+        return jnp.asarray(position_table(width, self.grid), self.dtype)[None]

@@ -51,7 +51,8 @@ class Reporter:
         self._waiting = collections.deque()
         self._interval: list[dict[str, float]] = []
         self._step = first_step
-        self._started = self._interval_started = None
+        # The first step includes compilation: both clocks start when it is done.
+        self._started = self._interval_started = self._first_timed_step = None
 
     def add(self, metrics: Metrics) -> dict[str, float] | None:
         """Take the metrics of the step just dispatched; return those of an earlier step, now arrived."""
@@ -68,7 +69,7 @@ class Reporter:
         metrics = {k: float(v) for k, v in jax.device_get(self._waiting.popleft()).items()}
         now = time.monotonic()
         self._step += 1
-        if self._started is None:  # the first step includes compilation: the clock starts after it
+        if self._started is None:
             self._started = self._interval_started = now
             self._first_timed_step = self._step
         self._interval.append(metrics)
@@ -150,7 +151,7 @@ def _tensorboard_writer(folder: Path):
         from clu import metric_writers
     except ImportError as error:
         raise UserError(
-            f"report.tensorboard=true needs {error.name}: pip install 'maskdit_jax[tensorboard]', or "
+            f"report.tensorboard=true needs {error.name}: pip install tensorflow-cpu tensorboard, or "
             "pass --config.report.tensorboard=false"
         ) from error
     tf.config.set_visible_devices([], "GPU")

@@ -93,7 +93,7 @@ def make_train_step(
             num_keep=num_keep,
         )
         grads, metrics = gradient(state.params, noisy_batch)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

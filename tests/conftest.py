@@ -1,0 +1,17 @@
+"""Every test runs on the CPU with eight virtual devices; a broadcast that adds a dimension is an error.
+
+The programs compiled in one test run, in this process and in the commands it starts, share a cache.
+"""
+
+import os
+import tempfile
+
+CACHE = tempfile.TemporaryDirectory(prefix="maskdit_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax  # noqa: E402, the cache is set before
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,110 @@
+"""Golden cases: numbers computed with the authors' implementation, and the weights behind them."""
+
+import json
+import math
+import zlib
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskdit_jax.diffusion.edm import precondition
+from maskdit_jax.diffusion.losses import NoisyBatch
+from maskdit_jax.interop.names import from_torch, to_torch
+from maskdit_jax.models.maskdit import SIZES
+from maskdit_jax.models.masking import random_mask
+from maskdit_jax.training.state import init_params, network_graph
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def channels_last(images: np.ndarray) -> np.ndarray:
+    """[B, C, H, W] → [B, H, W, C]."""
+    return images.transpose(0, 2, 3, 1)
+
+
+def seeded_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Pseudo-random value of a torch tensor, by the rule of the goldens."""
+    rng = np.random.default_rng([0, zlib.crc32(key.encode())])
+    small = len(shape) == 1 or math.prod(shape[1:]) == 1 or key.endswith("mask_token")
+    scale = 0.02 if small else 1 / math.sqrt(math.prod(shape[1:]))
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+
+
+@lru_cache(maxsize=2)
+def seeded_weights(options: tuple) -> tuple[dict, float, float]:
+    """Our parameters of the golden weights, and their checksums: the sum and the sum of magnitudes."""
+    options = dict(options)
+    image_size, patch_size = options["image_size"], options["patch_size"]
+    shapes = jax.eval_shape(
+        lambda: to_torch(init_params(options, 0), image_size=image_size, patch_size=patch_size)
+    )
+    tensors = {k: seeded_tensor(k, s.shape) for k, s in shapes.items() if not k.endswith("pos_embed")}
+    total = sum(float(v.sum(dtype=np.float64)) for v in tensors.values())
+    magnitude = sum(float(np.abs(v).sum(dtype=np.float64)) for v in tensors.values())
+    return from_torch(tensors, patch_size=patch_size), total, magnitude
+
+
+class Case:
+    """A network case: its arrays channels last, its options, its weights."""
+
+    def __init__(self, name: str):
+        self.arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+        self.info = json.loads(str(self.arrays.pop("config_json")))
+        size, patch = self.info["model_type"].removeprefix("DiT-").split("/")
+        depth, hidden_size, num_heads = SIZES[size]
+        settings = self.info["options"]
+        self.mae_coef = self.info["mae_loss_coef"]
+        self.options = {
+            "image_size": self.info["img_resolution"],
+            "channels": 4,
+            "patch_size": int(patch),
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": self.info["num_classes"],
+            "use_decoder": settings["use_decoder"],
+            "use_mask_token": self.mae_coef > 0,
+        }
+        self.graphdef = network_graph(self.options)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self.arrays[name]
+        is_image = array.ndim == 4 and array.shape[-1] > 4
+        return channels_last(array) if is_image and "__" not in name else array
+
+    @cached_property
+    def params(self) -> dict:
+        params, total, magnitude = seeded_weights(tuple(sorted(self.options.items())))
+        np.testing.assert_allclose(total, self.info["weights"]["sum"], rtol=1e-9)
+        np.testing.assert_allclose(magnitude, self.info["weights"]["abs_sum"], rtol=1e-9)
+        return params
+
+    @cached_property
+    def batch(self) -> NoisyBatch:
+        """The case's draws as the input of the loss; half of the tokens hidden."""
+        num_tokens = self["mask_noise"].shape[1]
+        return NoisyBatch(
+            latents=jnp.asarray(self["y0"]),
+            noisy=jnp.asarray(self["y0"] + self["n"]),
+            sigma=jnp.asarray(self["sigma"]),
+            labels=self.labels("class_index"),
+            mask=random_mask(jnp.asarray(self["mask_noise"]), num_tokens // 2),
+        )
+
+    def labels(self, name: str) -> jax.Array:
+        unconditional = np.full(len(self["sigma"]), -1, np.int32)
+        return jnp.asarray(self.arrays.get(name, unconditional))
+
+    def denoiser(self, params: dict):
+        return precondition(nnx.merge(self.graphdef, params), sigma_data=0.5)
+
+
+def assert_close_to_rms(actual, expected, tolerance: float = 2e-5) -> None:
+    """Largest error at most `tolerance` of the root mean square of the expected values."""
+    expected = np.asarray(expected)
+    rms = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance * rms)

@@ -1,0 +1,194 @@
+"""The Model object: denoising, guidance, and samples that depend on seed, label and options only."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from maskdit_jax import Model, UserError
+from maskdit_jax.config import load, network_options, resolve
+from maskdit_jax.diffusion.samplers import integrate, sigma_grid
+from maskdit_jax.training.state import init_params, network_graph
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+    model.hidden_size=32 model.depth=1 model.num_heads=2 model.decoder_hidden_size=16
+    model.decoder_depth=1 model.decoder_num_heads=2
+""".split()
+NO_DECODER = ["model.use_decoder=false", "diffusion.mae_coef=0"]
+# Small programs, as compilation is what these tests wait for.
+QUICK = {"num_steps": 3, "solver": "euler"}
+# With churn every draw, not the first only, must be from the image's own seed.
+GUIDED_AND_STOCHASTIC = {"num_steps": 4, "solver": "euler", "cfg_scale": 1.5, "S_churn": 2.0}
+SEEDS = [7, 0, 2**32 - 1, 3, 12, 25, 1, 4, 30, 2]
+LABELS = [0, 1, 2, 3, 4, 5, 9, -1, 0, 9]
+
+
+def small_model(num_devices: int, options: list[str]) -> Model:
+    """A digits model whose parameters are all random: a fresh one outputs zeros."""
+    overrides = [f"--config.{option}" for option in SMALL + options]
+    config = resolve(load(ROOT / "configs/digits.py", overrides), device_count=num_devices)
+    shapes = jax.eval_shape(lambda: init_params(network_options(config), 0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
+    mesh = jax.make_mesh(
+        (num_devices, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:num_devices]
+    )
+    return Model(config, params, mesh)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return small_model(1, NO_DECODER)
+
+
+@pytest.fixture(scope="module")
+def unconditional() -> Model:
+    return small_model(1, [*NO_DECODER, "model.num_classes=0"])
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [4, 8, 8, 1], sigma [4], labels [4] with one that is no class."""
+    sigma = np.array([0.01, 0.4, 3.0, 60.0], np.float32)
+    x = np.random.default_rng(1).standard_normal((4, 8, 8, 1), np.float32) * (
+        0.5 + sigma[:, None, None, None]
+    )
+    return jnp.asarray(x), jnp.asarray(sigma), jnp.array([3, -1, 0, 9])
+
+
+def denoise_by_hand(model: Model, x, sigma, labels) -> np.ndarray:
+    """D = c_skip·x + c_out·F(c_in·x, ln(sigma) / 4, labels) (EDM, eq. 7), without the package's edm.py."""
+    network = nnx.merge(network_graph(network_options(model.config)), model.params)
+    s, d = np.asarray(sigma, np.float64)[:, None, None, None], model.config.diffusion.sigma_data
+    scaled = jnp.asarray(np.asarray(x) / np.sqrt(s**2 + d**2), jnp.float32)
+    prediction = np.asarray(jax.jit(network)(scaled, jnp.log(sigma) / 4, labels))
+    assert prediction.std() > 0.05
+    return np.asarray(x) * d**2 / (s**2 + d**2) + prediction * s * d / np.sqrt(s**2 + d**2)
+
+
+def test_model_is_the_preconditioned_network(model, noisy):
+    denoised = model(*noisy)
+    assert denoised.shape == (4, 8, 8, 1)
+    assert denoised.dtype == jnp.float32
+    np.testing.assert_allclose(denoised, denoise_by_hand(model, *noisy), rtol=1e-4, atol=1e-5)
+
+
+def test_label_changes_what_is_denoised(model, noisy):
+    x, sigma, labels = noisy
+    difference = np.abs(model(x, sigma, labels) - model(x, sigma, (labels + 1) % 10)).max(axis=(1, 2, 3))
+    assert difference[1:].min() > 1e-2  # at the lowest sigma the image says it all
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
+def test_guided_is_unconditional_plus_scale_times_difference(model, noisy, scale):
+    x, sigma, labels = noisy
+    conditional, nothing = model(x, sigma, labels), model(x, sigma, jnp.full_like(labels, -1))
+    guided = model(x, sigma, labels, cfg_scale=scale)
+    np.testing.assert_allclose(guided, nothing + scale * (conditional - nothing), rtol=1e-4, atol=1e-5)
+    if scale != 1:
+        assert np.abs(guided - conditional).max() > 1e-2
+    np.testing.assert_allclose(guided[1], conditional[1], rtol=1e-4, atol=1e-5)  # its label is no class
+
+
+def test_sampling_at_cfg_scale_one_is_sampling_without_guidance(model):
+    noise = [jax.random.normal(jax.random.fold_in(jax.random.key(s), 0), (8, 8, 1)) for s in SEEDS[:4]]
+    sigmas = sigma_grid(QUICK["num_steps"])
+    expected = integrate(model, jnp.stack(noise), jnp.array(LABELS[:4]), sigmas, solver="euler")
+    samples = model.sample(SEEDS[:4], LABELS[:4], batch_size=4, cfg_scale=1.0, **QUICK)
+    assert samples.shape == (4, 8, 8, 1)
+    assert samples.dtype == np.float32
+    np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference_samples() -> np.ndarray:
+    assert jax.device_count() == 8
+    return small_model(8, []).sample(SEEDS, LABELS, batch_size=64, **GUIDED_AND_STOCHASTIC)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_image_is_the_same_at_any_batch_size_and_mesh(reference_samples, num_devices, batch_size):
+    model = small_model(num_devices, [])
+    assert model.mesh.size == num_devices
+    samples = model.sample(SEEDS, LABELS, batch_size=batch_size, **GUIDED_AND_STOCHASTIC)
+    assert np.isfinite(samples).all()
+    np.testing.assert_allclose(samples, reference_samples, rtol=0, atol=1e-5)
+
+
+def test_guidance_interval_decides_which_noise_levels_are_guided(model):
+    def sample(**options):
+        return model.sample(SEEDS[:4], LABELS[:4], batch_size=4, **QUICK, **options)
+
+    everywhere, nowhere = sample(cfg_scale=1.5), sample(cfg_scale=1.0)
+    assert np.abs(everywhere - nowhere).max() > 1e-2
+    covers_all, covers_none = (0.001, 100.0), (100.0, 200.0)
+    within = {"rtol": 0, "atol": 1e-5}
+    np.testing.assert_allclose(sample(cfg_scale=1.5, guidance_interval=covers_all), everywhere, **within)
+    np.testing.assert_allclose(sample(cfg_scale=1.5, guidance_interval=covers_none), nowhere, **within)
+    middle = sample(cfg_scale=1.5, guidance_interval=(0.1, 20.0))  # of 80, 2.5 and 0.002
+    assert min(np.abs(middle - everywhere).max(), np.abs(middle - nowhere).max()) > 1e-4
+
+
+def test_label_is_seed_modulo_classes_by_default(model):
+    by_default = model.sample([3, 10, 25, 2**32 - 1], batch_size=4, **QUICK)
+    given = model.sample([3, 10, 25, 2**32 - 1], [3, 0, 5, 5], batch_size=4, **QUICK)
+    np.testing.assert_array_equal(by_default, given)
+    assert model.check_labels([3, 10, 25, 2**32 - 1], None).tolist() == [3, 0, 5, 5]
+
+
+def test_seed_and_label_decide_the_image(model):
+    seeds, labels = [5, 6, 5, 5], [1, 1, 1, 2]
+    a, other_seed, same, other_label = model.sample(seeds, labels, batch_size=4, **QUICK)
+    np.testing.assert_allclose(a, same, rtol=0, atol=1e-5)
+    assert np.abs(a - other_seed).max() > 1e-2
+    assert np.abs(a - other_label).max() > 1e-2
+    np.testing.assert_array_equal(
+        model.sample(seeds, labels, batch_size=4, **QUICK), [a, other_seed, same, other_label]
+    )
+
+
+def test_unconditional_model_ignores_cfg_scale(unconditional, noisy):
+    x, sigma, labels = noisy
+    assert unconditional.sampler_options(cfg_scale=4.0).cfg_scale == 1
+    plain = unconditional.sample([1, 2], batch_size=2, cfg_scale=1.0, **QUICK)
+    np.testing.assert_array_equal(unconditional.sample([1, 2], batch_size=2, cfg_scale=4.0, **QUICK), plain)
+    np.testing.assert_allclose(
+        unconditional(x, sigma, labels, cfg_scale=4.0), unconditional(x, sigma, labels), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_unconditional_model_knows_no_class_only(unconditional):
+    assert unconditional.check_labels([5, 6], None).tolist() == [-1, -1]
+    with pytest.raises(UserError, match="labels 0 … 0"):
+        unconditional.sample([5], [0])
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"cfg": 2.0}, ["'cfg' is unknown", "cfg_scale"]),
+        ({"solver": "dpm"}, ["solver='dpm'", "heun", "euler"]),
+        ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        ({"labels": [10, 0]}, ["labels 0 … 10", "0 … 9", "-1"]),
+        ({"labels": [-2, 0]}, ["labels -2 … 0", "0 … 9"]),
+        ({"labels": [1, 2, 3]}, ["3 labels for 2 seeds"]),
+        ({"labels": []}, ["0 labels for 2 seeds"]),
+        ({"seeds": [0, -1]}, ["seeds", "from 0 to 4294967295"]),
+        ({"seeds": [0, 2**32]}, ["seeds", "from 0 to 4294967295"]),
+        ({"seeds": []}, ["seeds", "one or more"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_exist_is_refused_by_name(model, call, named):
+    with pytest.raises(UserError) as refused:
+        model.sample(**({"seeds": [0, 1]} | call))
+    message = str(refused.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message

@@ -1,0 +1,381 @@
+"""Configurations: every file builds, every option has a reader, every mistake is one line."""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maskdit_jax.config import CHOICES, ConfigDict, leaves, load, resolve
+from maskdit_jax.diffusion.samplers import SamplerOptions
+from maskdit_jax.errors import UserError
+from maskdit_jax.models.maskdit import PRECISIONS, MaskDiT
+from maskdit_jax.training.build import batch_shapes, build
+from maskdit_jax.training.state import make_optimizer
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem != "__init__")
+
+
+def loaded(name: str, *overrides: str) -> ConfigDict:
+    return load(str(ROOT / "configs" / f"{name}.py"), [f"--config.{override}" for override in overrides])
+
+
+def resolved(name: str, *overrides: str) -> ConfigDict:
+    """The configuration for the eight devices of the tests."""
+    return resolve(loaded(name, *overrides), device_count=8)
+
+
+OPTIONS = leaves(loaded("base"))
+NUMBERS = [name for name, value in OPTIONS.items() if type(value) in (int, float)]
+
+
+@contextlib.contextmanager
+def user_error(*fragments: str):
+    """The block raises a UserError of one line with every fragment; the list yielded then holds the line."""
+    messages = []
+    with pytest.raises(UserError) as caught:
+        yield messages
+    messages.append(str(caught.value))
+    assert "\n" not in messages[0]
+    for fragment in fragments:
+        assert fragment in messages[0]
+
+
+# The files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_builds_state_and_step_without_allocating(name):
+    """An update of the state's shapes gives the same shapes and scalar metrics; XL/2 at its full size."""
+    config = resolved(name)
+    held = sum(array.nbytes for array in jax.live_arrays())
+    training = build(config)
+    shapes = batch_shapes(config, training.mesh, config.training.batch_size)
+    for num_keep in {training.num_keep(0), training.num_keep(config.training.num_steps - 1)}:
+
+        def step(state, batch, num_keep=num_keep):
+            return training.step(state, batch, num_keep)
+
+        state, metrics = jax.eval_shape(step, training.state_shapes, shapes)
+        described = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, training.state_shapes)]
+        assert described[0] == described[1]
+        assert {"loss", "denoise_loss", "grad_norm"} <= set(metrics)
+        assert {metric.shape for metric in metrics.values()} == {()}
+    assert sum(array.nbytes for array in jax.live_arrays()) - held < 1e6
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
+def test_every_recipe_names_its_data(name):
+    assert loaded(name).data.source
+
+
+def test_size_fills_in_what_is_0():
+    model = resolved("base", "model.size=B/4", "model.depth=3").model
+    assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (3, 768, 12, 4)
+
+
+def test_mesh_data_0_takes_the_devices_that_fsdp_leaves():
+    assert resolved("base", "mesh.fsdp=2").mesh.data == 4
+
+
+def test_resolving_leaves_the_configuration_as_it_was():
+    config = loaded("base")
+    resolve(config, device_count=8)
+    assert leaves(config) == OPTIONS
+
+
+# Published recipes: MaskDiT, section 4 and tables 1 and 2
+
+
+IN_ALL = {
+    "model.size": "XL/2",
+    "model.channels": 4,
+    "model.num_classes": 1000,
+    "model.use_decoder": True,
+    "model.decoder_hidden_size": 512,
+    "model.decoder_depth": 8,
+    "model.decoder_num_heads": 16,
+    "diffusion.sigma_data": 0.5,
+    "diffusion.P_mean": -1.2,
+    "diffusion.P_std": 1.2,
+    "diffusion.mae_coef": 0.1,
+    "diffusion.label_dropout": 0.1,
+    "diffusion.mask_ratio_min": 0,
+    "data.space": "latents",
+    "data.latent_scale": 0.18215,
+    "training.batch_size": 1024,
+    "training.ema_decay": 0.9999,
+    "optimizer.warmup_kimg": 0,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "sampling.num_steps": 40,
+    "sampling.solver": "heun",
+    "sampling.cfg_scale": 1.5,
+    "sampling.sigma_min": 0.002,
+    "sampling.sigma_max": 80,
+    "sampling.rho": 7,
+    "sampling.S_churn": 0,
+}
+COLUMNS = """
+    model.image_size training.num_steps optimizer.learning_rate
+    diffusion.mask_ratio diffusion.mask_schedule
+""".split()
+# Last: the dtype of compute, and the share of the patches that is visible at the first and the last step.
+RECIPES = {
+    "in256": ((32, 2_000_000, 1e-4, 0.5, "constant"), jnp.bfloat16, (0.5, 0.5)),
+    "in256_tune": ((32, 75_000, 5e-5, 0.0, "constant"), jnp.float32, (1, 1)),
+    "in256_tune_cos": ((32, 37_500, 5e-5, 0.5, "cosine4"), jnp.float32, (0.5, 1)),
+    "in512": ((64, 1_000_000, 1e-4, 0.5, "constant"), jnp.bfloat16, (0.5, 0.5)),
+    "in512_tune": ((64, 50_000, 5e-5, 0.0, "constant"), jnp.float32, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_the_published_one(name):
+    values, dtype, visible = RECIPES[name]
+    config = resolved(name)
+    assert leaves(config) == leaves(config) | IN_ALL | dict(zip(COLUMNS, values, strict=True))
+    assert PRECISIONS[config.model.precision][0] == dtype
+
+    training, num_tokens = build(config), (config.model.image_size // 2) ** 2
+    first_and_last = training.num_keep(0), training.num_keep(config.training.num_steps - 1)
+    assert tuple(num_keep / num_tokens for num_keep in first_and_last) == visible
+
+
+# Every option has a reader
+
+
+@functools.cache
+def attributes_read() -> set[str]:
+    """Every `a.b.c` that the package reads; config.py, which only checks the options, apart."""
+    found = set()
+    for file in (ROOT / "maskdit_jax").rglob("*.py"):
+        if file.name != "config.py":
+            nodes = ast.walk(ast.parse(file.read_text()))
+            found |= {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    return found
+
+
+# Sections that are handed over whole, as keyword arguments of their readers.
+PASSED_ON = ("model", "optimizer", "sampling")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.partition(".")[0] not in PASSED_ON])
+def test_option_has_a_reader(name):
+    """Its full name stands in the package: `training.num_steps`, `config.seed`."""
+    wanted = name if "." in name else f"config.{name}"
+    assert any(f".{read}".endswith(f".{wanted}") for read in attributes_read())
+
+
+def test_options_of_a_section_passed_on_are_its_readers_arguments():
+    """`size` is gone once resolved; `build` takes the first two out and makes the schedule of them."""
+    base = loaded("base")
+    schedule = {"learning_rate", "warmup_kimg"}
+    network = set(inspect.signature(MaskDiT.__init__).parameters) - {"self", "rngs", "use_mask_token"}
+    adamw = set(inspect.signature(make_optimizer).parameters) - {"learning_rate"}
+    sampler = {field.name for field in dataclasses.fields(SamplerOptions)} - {"guidance_interval"}
+    assert set(base.model) - {"size"} == network
+    assert set(base.optimizer) - schedule == adamw
+    assert set(base.sampling) == sampler
+    source = (ROOT / "maskdit_jax" / "training" / "build.py").read_text()
+    assert all(f'adamw.pop("{name}")' in source for name in schedule)
+
+
+def test_every_option_that_is_read_exists():
+    """`config.section.option` in the package is an option of configs/base.py."""
+    chains = [re.search(r"\bconfig\.(\w+)\.(\w+)$", read) for read in attributes_read()]
+    read = {chain.groups() for chain in chains if chain}
+    options = {(section, option) for section, option in read if not hasattr(ConfigDict, option)}
+    assert len(options) > 20
+    assert {f"{section}.{option}" for section, option in options} <= set(OPTIONS)
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("report.tensorboard=false", False),
+        ("report.tensorboard=True", True),
+        ("report.tensorboard=0", False),
+        ("training.num_steps=7", 7),
+        ("optimizer.learning_rate=3", 3.0),
+        ("optimizer.learning_rate=2.5e-4", 2.5e-4),
+        ("diffusion.P_mean=-0.4", -0.4),
+        ("model.size=B/4", "B/4"),
+        ("data.source=latents:/data/a=b", "latents:/data/a=b"),
+        ("seed=5", 5),
+    ],
+)
+def test_override_sets_one_option_in_its_own_type(override, value):
+    name = override.partition("=")[0]
+    changed = leaves(loaded("base", override))
+    assert changed == OPTIONS | {name: value}
+    assert type(changed[name]) is type(OPTIONS[name]) is type(value)
+
+
+def test_last_override_counts():
+    assert loaded("base", "seed=5", "seed=6").seed == 6
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "override, fragments",
+    [
+        ("training.batchsize=8", ["--config.training.batchsize", "nearest: --config.training.batch_size"]),
+        ("steps=8", ["--config.steps", ".num_steps"]),
+        ("training=8", ["--config.training", "nearest: --config.training."]),
+        ("training.num_steps", ["--config.training.num_steps", "--config.training.num_steps=VALUE"]),
+        ("training.num_steps=", ["--config.training.num_steps", "a whole number"]),
+        ("training.num_steps=1.5", ["--config.training.num_steps=1.5", "a whole number"]),
+        ("optimizer.learning_rate=fast", ["--config.optimizer.learning_rate=fast", "a number"]),
+        ("report.tensorboard=maybe", ["--config.report.tensorboard=maybe", "true or false"]),
+        ("model.size=XXL/2", ["model.size='XXL/2'", "XL, H", "custom"]),
+        ("model.size=XL/3", ["model.size='XL/3'", "/2, /4 or /8"]),
+        ("model.size=XL", ["model.size='XL'", "/2, /4 or /8"]),
+        ("model.patch_size=3", ["model.patch_size=3", "model.image_size=8"]),
+        ("model.num_heads=192", ["model.num_heads=192", "model.hidden_size=96"]),
+        ("model.num_heads=5", ["model.num_heads=5", "model.hidden_size=96"]),
+        ("model.decoder_num_heads=5", ["model.decoder_num_heads=5", "model.decoder_hidden_size=48"]),
+        ("model.use_decoder=false", ["diffusion.mae_coef=0.1", "model.use_decoder=false"]),
+        ("mesh.data=4", ["mesh.data=4", "8"]),
+        ("mesh.fsdp=3", ["mesh.fsdp=3", "8"]),
+        ("mesh.fsdp=16", ["mesh.fsdp=16", "8"]),
+        ("sampling.sigma_min=80", ["sampling.sigma_min=80.0", "sigma_max=80.0"]),
+        ("data.source=latents:data", ["evaluation.num_samples=1437", "digits"]),
+    ],
+)
+def test_mistake_is_one_line_naming_the_option(override, fragments):
+    with user_error(*fragments):
+        resolved("digits", override)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choice_lists_the_known_ones(name):
+    with user_error(f"{name}='best'", *CHOICES[name]):
+        resolved("digits", f"{name}=best")
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"diffusion.P_mean"}))
+def test_negative_number_is_an_error(name):
+    """A mean of logarithms is the only number that may be negative."""
+    with user_error(f"{name}=-1"):
+        resolved("digits", f"{name}=-1")
+
+
+MAY_BE_0 = """
+    seed model.num_classes diffusion.P_mean diffusion.mae_coef diffusion.label_dropout
+    diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay optimizer.warmup_kimg optimizer.b1
+    optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data report.preview_steps
+    sampling.cfg_scale sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
+    evaluation.num_samples
+""".split()
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - set(MAY_BE_0)))
+def test_zero_is_an_error_where_it_means_nothing(name):
+    with user_error(f"{name}=0"):
+        resolved("digits", f"{name}=0")
+
+
+@pytest.mark.parametrize("name", MAY_BE_0)
+def test_zero_is_accepted_where_it_means_something(name):
+    assert leaves(loaded("digits", f"{name}=0"))[name] == 0
+    resolved("digits", f"{name}=0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    """diffusion.label_dropout diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay
+    optimizer.b1 optimizer.b2""".split(),
+)
+def test_share_above_1_is_an_error(name):
+    with user_error(f"{name}=1.5"):
+        resolved("digits", f"{name}=1.5")
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulate, proposed",
+    [(100, 1, ["96", "104"]), (100, 4, ["96", "128"]), (5, 1, ["8"])],
+)
+def test_batch_that_does_not_divide_comes_with_ones_that_do(batch_size, accumulate, proposed):
+    microbatches = f"training.accumulate={accumulate}"
+    with user_error(f"training.batch_size={batch_size}", f"8 devices × {accumulate} microbatches") as message:
+        resolved("digits", microbatches, f"training.batch_size={batch_size}")
+    assert re.findall(r"\d+", message[0].partition("; try ")[2]) == proposed
+    for number in proposed:
+        resolved("digits", microbatches, f"training.batch_size={number}")
+
+
+@pytest.mark.parametrize("image_size, tokens", [(6, 9), (8, 16), (32, 256), (64, 1024)])
+@pytest.mark.parametrize("name", ["mask_ratio", "mask_ratio_min"])
+def test_mask_that_hides_everything_comes_with_a_ratio_that_does_not(name, image_size, tokens):
+    """Either end of a schedule counts."""
+    size, schedule = f"model.image_size={image_size}", "diffusion.mask_schedule=linear"
+    with user_error(f"diffusion.{name}=1.0", f"all {tokens} patches") as message:
+        resolved("digits", size, schedule, f"diffusion.{name}=1")
+    proposed = message[0].partition("at most ")[2]
+    resolved("digits", size, schedule, f"diffusion.{name}={proposed}")
+
+
+def test_missing_file_names_the_one_meant():
+    with user_error("digit.py: no such file; found: ", "digits.py"):
+        loaded("digit")
+
+
+@pytest.mark.parametrize(
+    "line, misspelt, meant",
+    [
+        ("config.training.batchsize = 8", "batchsize", "batch_size"),
+        ("config.training.update(batchsize=8)", "batchsize", "batch_size"),
+        ("config.trainin.batch_size = 8", "trainin", "training"),
+        ("config.training.batch_size = 'many'", "many", "batch_size"),
+    ],
+)
+def test_misspelt_option_in_a_file_is_one_line(line, misspelt, meant, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import base\n\n\n"
+        f"def get_config():\n    config = base.get_config()\n    {line}\n    return config\n"
+    )
+    with user_error(f"--config={file}", misspelt, meant):
+        load(str(file))
+
+
+# Without ml_collections
+
+
+def test_without_ml_collections_every_file_resolves_to_the_same_values():
+    script = f"""
+import json, sys
+sys.modules["ml_collections"] = None
+from maskdit_jax.config import load, resolve
+override = ["--config.training.num_steps=7"]
+configs = {{n: load(f"configs/{{n}}.py", override) for n in {NAMES}}}
+resolved = {{n: resolve(c, device_count=8) for n, c in configs.items()}}
+print(json.dumps({{n: [configs[n].to_dict(), resolved[n].to_dict()] for n in configs}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    without = json.loads(done.stdout)
+    for name in NAMES:
+        override = "training.num_steps=7"
+        assert without[name] == [loaded(name, override).to_dict(), resolved(name, override).to_dict()]

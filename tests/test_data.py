@@ -1,0 +1,339 @@
+"""Data: the digits, shards of moments, the order of batches, arrays on the mesh, images out."""
+
+import contextlib
+import itertools
+import json
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import GOLDEN, channels_last
+from PIL import Image
+
+from maskdit_jax.data import latents as latents_module
+from maskdit_jax.data.images import save_png, tile, to_uint8
+from maskdit_jax.data.latents import draw_latents, open_shards, write_shards
+from maskdit_jax.data.pipeline import batches, to_devices
+from maskdit_jax.data.sources import Digits, open_source
+from maskdit_jax.errors import UserError
+from maskdit_jax.training.mesh import batch_sharding, make_mesh
+
+
+@contextlib.contextmanager
+def user_error(*fragments: str):
+    """The block raises a UserError of one line in which every fragment stands."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+# Digits
+
+
+def test_digits_are_1437_for_training_and_360_held_out():
+    train, held_out = Digits("train"), Digits("held_out")
+    assert (len(train), len(held_out)) == (1437, 360)
+    for source in (train, held_out):
+        assert source.latents.shape == (len(source), 8, 8, 1)
+        assert (source.latents.min(), source.latents.max()) == (-1, 1)
+        assert source.latents.dtype == np.float32
+        assert set(source.labels) == set(range(10))
+
+
+def test_digits_of_both_splits_are_all_digits_once():
+    """The splits are disjoint: together they have each of scikit-learn's images as often as it does."""
+    from sklearn.datasets import load_digits
+
+    def rows(images, labels):
+        return sorted(map(tuple, np.column_stack([images.reshape(len(images), -1), labels]).tolist()))
+
+    train, held_out, original = Digits("train"), Digits("held_out"), load_digits()
+    together = rows(
+        np.concatenate([train.latents, held_out.latents]), np.concatenate([train.labels, held_out.labels])
+    )
+    assert together == rows(original.images / 8 - 1, original.target)
+
+
+def test_digits_split_is_fixed():
+    """Cards and runs of different days are about the same held-out digits."""
+    assert Digits("held_out").labels[:12].tolist() == [6, 6, 6, 2, 5, 6, 6, 2, 2, 1, 1, 9]
+    np.testing.assert_array_equal(Digits("train").latents, Digits("train").latents)
+
+
+def test_digits_item_is_an_image_and_its_label():
+    source = Digits()
+    item = source[5]
+    assert set(item) == {"latents", "label"}
+    np.testing.assert_array_equal(item["latents"], source.latents[5])
+    assert item["label"] == source.labels[5]
+
+
+# Order of batches
+
+
+class Numbers:
+    """The source 0 … count - 1."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"label": np.int32(index)}
+
+
+def order(count: int, num_batches: int, source=None, **options) -> list[int]:
+    """Labels of the first batches, one after the other."""
+    stream = batches(source or Numbers(count), **{"seed": 0, "batch_size": 4} | options)
+    return [int(i) for batch in itertools.islice(stream, num_batches) for i in batch["label"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20], ids=lambda n: f"batch_{n}")
+def test_two_epochs_see_every_item_twice_in_different_orders(batch_size):
+    """Also where batches cross the border of the epochs, and where one batch holds them both."""
+    seen = order(10, 20 // batch_size, batch_size=batch_size)
+    first, second = seen[:10], seen[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second != list(range(10)) != first
+
+
+def test_order_is_a_function_of_the_seed():
+    assert order(100, 50, seed=1) == order(100, 50, seed=1)
+    assert order(100, 50, seed=1) != order(100, 50, seed=2)
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    assert order(10, 15, batch_size=4) == order(10, 6, batch_size=10)
+
+
+@pytest.mark.parametrize("start_item", [0, 4, 7, 10, 27])
+def test_start_item_resumes_without_repeat_or_skip(start_item):
+    """At the border of a batch or not, in the first epoch of ten items or in the third."""
+    uninterrupted = order(10, 12)
+    resumed = order(10, 5, start_item=start_item)
+    assert resumed == uninterrupted[start_item : start_item + 20]
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+@pytest.mark.parametrize("start_item", [0, 12])
+def test_batches_of_the_processes_make_up_the_batch_of_one(process_count, start_item):
+    options = {"batch_size": 6, "seed": 3, "start_item": start_item}
+    streams = [
+        batches(Numbers(10), process_index=i, process_count=process_count, **options)
+        for i in range(process_count)
+    ]
+    for whole in itertools.islice(batches(Numbers(10), **options), 5):
+        parts = [next(stream)["label"] for stream in streams]
+        assert {len(part) for part in parts} == {6 // process_count}
+        np.testing.assert_array_equal(np.concatenate(parts), whole["label"])
+
+
+def test_number_of_threads_does_not_change_the_batches():
+    one, many = (batches(Digits(), batch_size=479, seed=0, num_threads=n) for n in (1, 8))
+    for expected, actual in itertools.islice(zip(one, many, strict=True), 4):
+        np.testing.assert_array_equal(actual["latents"], expected["latents"])
+        np.testing.assert_array_equal(actual["label"], expected["label"])
+
+
+# To the devices
+
+
+def host_batches(count: int):
+    """Batches of 16 items; batch i counts up from 16·i."""
+    for i in range(count):
+        label = np.arange(16, dtype=np.int32) + 16 * i
+        yield {"label": label, "latents": np.float32(label[:, None, None, None] * np.ones((1, 2, 2, 3)))}
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (4, 2)])
+def test_device_batches_are_the_host_batches_spread_over_the_mesh(data, fsdp):
+    sharding = batch_sharding(make_mesh(data, fsdp))
+    on_devices = to_devices(host_batches(6), sharding)
+    for host, device in itertools.islice(zip(host_batches(4), on_devices, strict=True), 4):
+        for name, array in device.items():
+            assert isinstance(array, jax.Array)
+            assert array.sharding.is_equivalent_to(sharding, array.ndim)
+            assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
+            assert len({shard.device for shard in array.addressable_shards}) == 8
+            np.testing.assert_array_equal(array, host[name])
+
+
+def test_device_batches_are_sent_before_they_are_asked_for():
+    source = host_batches(9)
+    on_devices = to_devices(source, batch_sharding(make_mesh(8, 1)), ahead=2)
+    assert next(on_devices)["label"][0] == 0
+    assert next(source)["label"][0] == 16 * 3  # batches 1 and 2 are on their way
+
+
+# Moments
+
+
+@pytest.fixture
+def moments() -> np.ndarray:
+    """Moments [11, 2, 4, 4, 6] of eleven images and their mirror images."""
+    return np.random.default_rng(0).standard_normal((11, 2, 4, 4, 6)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(moments, tmp_path):
+    """The moments in two shards, of eight and of three records; image i has the label 20 + i."""
+    folder = tmp_path / "moments"
+    write_shards(folder, moments, 20 + np.arange(11), num_classes=40, shard_size=8)
+    return folder
+
+
+SHAPE = {"image_size": 4, "channels": 3, "num_classes": 40}
+
+
+def test_shards_give_back_the_moments(folder, moments):
+    metadata, shards = open_shards(folder)
+    assert [len(shard) for shard in shards] == [8, 3]
+    np.testing.assert_array_equal(np.concatenate([shard["moments"] for shard in shards]), moments)
+    np.testing.assert_array_equal(np.concatenate([shard["label"] for shard in shards]), 20 + np.arange(11))
+    assert {name: metadata[name] for name in SHAPE} == SHAPE
+
+
+def test_source_of_latents_has_every_image_and_its_mirror_image(folder, moments):
+    source = open_source(f"latents:{folder}", **SHAPE)
+    assert len(source) == 22
+    for i in range(22):
+        np.testing.assert_array_equal(source[i]["moments"], moments[i // 2, i % 2])
+        assert source[i]["label"] == 20 + i // 2
+
+
+def test_an_epoch_of_latents_has_every_image_and_its_mirror_image(folder, moments):
+    stream = batches(open_source(f"latents:{folder}", **SHAPE), batch_size=11, seed=0, num_threads=2)
+    epoch = np.concatenate([next(stream)["moments"] for _ in range(2)])
+    assert epoch.shape == (22, 4, 4, 6)
+    np.testing.assert_array_equal(np.sort(epoch.sum((1, 2, 3))), np.sort(moments.sum((2, 3, 4)).ravel()))
+
+
+def test_half_precision_moments_stay_so_on_disk_and_give_float32_latents(moments, tmp_path):
+    half = moments.astype(np.float16)
+    write_shards(tmp_path, half, np.zeros(11), num_classes=1, shard_size=100)
+    (shard,) = open_shards(tmp_path)[1]
+    assert shard["moments"].dtype == np.float16
+    np.testing.assert_array_equal(shard["moments"], half)
+    assert draw_latents(jnp.asarray(half[:, 0]), jnp.zeros((11, 4, 4, 3)), 1.0).dtype == np.float32
+
+
+def test_recipe_of_the_docstring_opens_a_shard_with_numpy_alone(folder, moments, monkeypatch):
+    """The indented lines of the module's docstring, run in the folder."""
+    lines = [line for line in latents_module.__doc__.splitlines() if line.startswith("    ")]
+    *statements, expression = textwrap.dedent("\n".join(lines)).splitlines()
+    assert len(statements) == 4
+    monkeypatch.chdir(folder)
+    names = {"json": json, "np": np}
+    exec("\n".join(statements), names)
+    np.testing.assert_array_equal(eval(expression, names), moments[7])
+
+
+def test_drawn_latents_are_the_authors():
+    """latent_scale·(mean + exp(logvar / 2)·noise); some golden logvar are beyond the clip at -30 and 20."""
+    golden = {name: channels_last(array) for name, array in np.load(GOLDEN / "moments.npz").items()}
+    mean, logvar = np.split(golden["moments_in"].astype(np.float64), 2, axis=-1)
+    assert logvar.min() < -30 and logvar.max() > 20
+    formula = 0.18215 * (mean + np.exp(np.clip(logvar, -30, 20) / 2) * golden["moments_noise"])
+    drawn = draw_latents(jnp.asarray(golden["moments_in"]), jnp.asarray(golden["moments_noise"]), 0.18215)
+    np.testing.assert_allclose(drawn, formula, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(drawn, golden["moments_sample"], rtol=1e-5, atol=1e-6)
+
+
+# Mistakes
+
+
+def test_missing_folder_says_how_to_make_it(tmp_path):
+    with user_error(str(tmp_path / "none"), "metadata.json", "tools/encode_latents.py"):
+        open_source(f"latents:{tmp_path / 'none'}", **SHAPE)
+
+
+def test_truncated_shard_is_named_with_both_sizes(folder):
+    shard = folder / "shard-00001-of-00002.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with user_error(str(shard), f"{len(content) - 1} bytes", f"expected {len(content)}"):
+        open_source(f"latents:{folder}", **SHAPE)
+
+
+def test_missing_shard_is_named(folder):
+    (folder / "shard-00000-of-00002.bin").unlink()
+    with user_error("shard-00000-of-00002.bin", "0 bytes"):
+        open_source(f"latents:{folder}", **SHAPE)
+
+
+@pytest.mark.parametrize("field, asked", [("image_size", 8), ("channels", 4), ("num_classes", 1000)])
+def test_data_of_another_shape_than_the_models_is_an_error(folder, field, asked):
+    with user_error(f"model.{field}={asked}", f"the data has {SHAPE[field]}"):
+        open_source(f"latents:{folder}", **SHAPE | {field: asked})
+
+
+def test_every_difference_of_shape_is_in_the_message():
+    with user_error(
+        "model.image_size=4", "has 8", "model.channels=3", "has 1", "model.num_classes=40", "has 10"
+    ):
+        open_source("digits", **SHAPE)
+
+
+def test_unconditional_model_takes_data_with_any_classes(folder):
+    assert len(open_source(f"latents:{folder}", **SHAPE | {"num_classes": 0})) == 22
+
+
+@pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])
+def test_unknown_source_lists_the_known_ones(name):
+    with user_error(f"data.source={name!r}", "digits, latents:FOLDER"):
+        open_source(name, **SHAPE)
+
+
+# Images out
+
+
+def test_pixels_are_clamped_and_truncated():
+    """(x + 1)·127.5, never rounded: 254.9 is 254."""
+    values = np.array([-9, -1, -1 + 0.99 / 127.5, -1 + 1.01 / 127.5, 0, 254.9 / 127.5 - 1, 1, 1.001, 9])
+    pixels = to_uint8(values)
+    assert pixels.dtype == np.uint8
+    assert pixels.tolist() == [0, 0, 0, 1, 127, 254, 255, 255, 255]
+
+
+def test_tile_lays_images_row_by_row_with_grey_between():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
+    g = 128
+    expected = [
+        [g, g, g, g, g, g, g, g, g],
+        [g, 0, 0, 0, g, 1, 1, 1, g],
+        [g, 0, 0, 0, g, 1, 1, 1, g],
+        [g, g, g, g, g, g, g, g, g],
+        [g, 2, 2, 2, g, 3, 3, 3, g],
+        [g, 2, 2, 2, g, 3, 3, 3, g],
+        [g, g, g, g, g, g, g, g, g],
+        [g, 4, 4, 4, g, g, g, g, g],
+        [g, 4, 4, 4, g, g, g, g, g],
+        [g, g, g, g, g, g, g, g, g],
+    ]
+    grid = tile(images, columns=2)
+    assert grid.dtype == np.uint8
+    assert grid[..., 0].tolist() == expected
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+def test_png_holds_the_pixels(channels, mode, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+    save_png(tmp_path / "image.png", image)
+    with Image.open(tmp_path / "image.png") as png:
+        assert png.mode == mode
+        np.testing.assert_array_equal(np.asarray(png).reshape(image.shape), image)
+
+
+def test_enlarged_png_repeats_each_pixel(tmp_path):
+    image = np.array([[[10], [20]], [[30], [40]]], np.uint8)
+    save_png(tmp_path / "image.png", image, enlarge=2)
+    with Image.open(tmp_path / "image.png") as png:
+        pixels = np.asarray(png)
+    assert pixels.tolist() == [[10, 10, 20, 20]] * 2 + [[30, 30, 40, 40]] * 2

@@ -1,0 +1,299 @@
+"""Parity with the authors' implementation: outputs, tokens, losses, gradients, updates, EMA, samples."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from golden_case import GOLDEN, Case, assert_close_to_rms, channels_last
+
+from maskdit_jax.diffusion.edm import coefficients, loss_weight
+from maskdit_jax.diffusion.guidance import guide
+from maskdit_jax.diffusion.losses import maskdit_loss
+from maskdit_jax.diffusion.samplers import integrate, sigma_grid
+from maskdit_jax.interop.names import to_torch
+from maskdit_jax.models.embed import noise_features, position_table
+from maskdit_jax.models.maskdit import SIZES
+from maskdit_jax.models.masking import count_kept
+from maskdit_jax.training.schedules import MASK_SCHEDULES, mask_ratio_at
+from maskdit_jax.training.state import init_params, make_optimizer, update_ema
+
+SMALL = ["maskdit_s2_32", "maskdit_b4_uncond", "dit_s2_nodecoder"]
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("maskdit_xl2_32", "maskdit_xl2_64")]
+
+
+@functools.cache
+def case(name: str) -> Case:
+    return Case(name)
+
+
+@functools.cache
+def losses(name: str) -> tuple[dict, dict, dict]:
+    """Mean loss terms per sample with and without mask, and the gradient of the mean total loss."""
+    c = case(name)
+    options = {"patch_size": c.options["patch_size"], "sigma_data": 0.5, "mae_coef": c.mae_coef}
+
+    @jax.jit
+    def masked(params, batch):
+        loss, terms = maskdit_loss(c.denoiser(params), batch, **options)
+        return loss.mean(), {"total": loss, **terms}
+
+    value_and_grad = jax.jit(jax.value_and_grad(masked, has_aux=True))
+    (_, terms), gradient = value_and_grad(c.params, c.batch)
+    return terms, gradient, value_and_grad
+
+
+def as_torch(name: str, params: dict) -> dict:
+    o = case(name).options
+    params = jax.device_get(params)  # views from here on
+    return to_torch(params, image_size=o["image_size"], patch_size=o["patch_size"])
+
+
+@pytest.mark.parametrize("name", SMALL + LARGE)
+def test_outputs_and_losses(name):
+    """Denoised images with and without mask, guided ones, and each loss, from the golden weights."""
+    c = case(name)
+    options = {"patch_size": c.options["patch_size"], "sigma_data": 0.5, "mae_coef": c.mae_coef}
+
+    @jax.jit
+    def run(params, batch):
+        denoise = c.denoiser(params)
+        masked = denoise(batch.noisy, batch.sigma, batch.labels, batch.mask)
+        loss, terms = maskdit_loss(denoise, batch, **options)
+        unmasked = batch._replace(mask=None)
+        plain, plain_terms = maskdit_loss(denoise, unmasked, **options)
+        evaluated = denoise(batch.noisy, batch.sigma, batch.labels)
+        return {"eval_D": evaluated, "train_D": masked}, {
+            "loss_denoise": terms["denoise_loss"],
+            "loss_mae": terms["mae_loss"],
+            "loss_total": loss,
+            "loss_nomask": plain,
+            "plain_terms": plain_terms["denoise_loss"],
+        }
+
+    outputs, terms = run(c.params, c.batch)
+    for key, value in outputs.items():
+        assert_close_to_rms(value, c[key])
+    for key in ("loss_denoise", "loss_mae", "loss_total", "loss_nomask"):
+        np.testing.assert_allclose(terms[key], c[key], rtol=1e-4, err_msg=key)
+    np.testing.assert_array_equal(terms["plain_terms"], terms["loss_nomask"])
+    np.testing.assert_array_equal(c.batch.mask.hidden, c["mask"])
+    np.testing.assert_array_equal(c.batch.mask.keep_ids, c["ids_keep"])
+    np.testing.assert_array_equal(c.batch.mask.restore_ids, c["ids_restore"])
+
+
+@pytest.mark.parametrize("name", ["maskdit_s2_32", "dit_s2_nodecoder"])
+def test_guided_output(name):
+    c = case(name)
+    labels = c.labels("class_index_cfg")
+    for scale, key in ((c.info["cfg_scale"], "eval_D_cfg"), (1.0, "eval_D_cfg_cond")):
+        guided = jax.jit(lambda p, b, scale=scale: guide(c.denoiser(p), scale)(b.noisy, b.sigma, labels))
+        assert_close_to_rms(guided(c.params, c.batch), c[key])
+
+
+def test_preconditioning():
+    c = case("maskdit_s2_32")
+    sigma = jnp.asarray(c["sigma"])
+    for name, value in zip(("c_skip", "c_out", "c_in", "c_noise"), coefficients(sigma, 0.5), strict=True):
+        np.testing.assert_allclose(value, c[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(loss_weight(sigma, 0.5), c["loss_weight"], rtol=1e-5)
+
+
+def test_tokens_on_the_way():
+    """Condition, embedded tokens, first block, encoder and bridge, each against its golden."""
+    c = case("maskdit_s2_32")
+    network, mask = nnx.merge(c.graphdef, c.params), c.batch.mask
+    _, _, c_in, c_noise = coefficients(c.batch.sigma, 0.5)
+    condition = network.condition(c_noise, c.batch.labels)
+    assert_close_to_rms(noise_features(c_noise), c["t_freq"])
+    assert_close_to_rms(network.noise_embedding(c_noise), c["t_emb"])
+    assert_close_to_rms(network.label_embedding(c.batch.labels), c["y_emb"])
+    assert_close_to_rms(condition, c["c"])
+
+    tokens = network.embed(c_in[:, None, None, None] * c.batch.noisy, mask)
+    assert_close_to_rms(tokens, c["train_tokens_in"])
+    assert_close_to_rms(network.encoder.block(0)(tokens, condition), c["train_block0_out"])
+    tokens = network.encoder(tokens, condition)
+    assert_close_to_rms(tokens, c["train_enc_tokens"])
+    assert_close_to_rms(network.bridge(tokens, condition), c["train_dec_layer_out"])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradient_of_every_parameter(name):
+    """Norms of all gradients, and the stored ones value by value."""
+    c = case(name)
+    gradient = as_torch(name, losses(name)[1])
+    keys = {k for k in gradient if not k.endswith("pos_embed")}
+    assert keys == set(c["grad_norm_keys"])
+    for key, norm in zip(c["grad_norm_keys"], c["grad_norms"], strict=True):
+        np.testing.assert_allclose(np.linalg.norm(gradient[key]), norm, rtol=1e-3, atol=1e-9, err_msg=key)
+    for name in c.arrays:
+        if name.startswith("grad__"):
+            assert_close_to_rms(gradient[name.removeprefix("grad__")], c[name], 1e-4)
+
+
+def test_two_adamw_steps_and_the_ema():
+    """Parameters after one and two updates, the EMA after one, the loss before each and after."""
+    c = case("maskdit_s2_32")
+    value_and_grad = losses("maskdit_s2_32")[2]
+    optimizer = make_optimizer(lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0, clip_norm=0)
+    params, opt_state, seen = c.params, optimizer.init(c.params), []
+
+    @jax.jit
+    def update(gradient, opt_state, params):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for step in (1, 2):
+        (loss, _), gradient = value_and_grad(params, c.batch)
+        params, opt_state = update(gradient, opt_state, params)
+        seen.append(loss)
+        tensors = as_torch("maskdit_s2_32", params)
+        for name in c.arrays:
+            if name.startswith(f"adamw{step}__"):
+                np.testing.assert_allclose(tensors[name.split("__")[1]], c[name], rtol=0, atol=1e-5)
+        if step == 1:
+            for decay, prefix, atol in ((0.9, "ema1_decay0.9__", 2e-6), (0.9999, "ema1__", 2e-7)):
+                ema = as_torch("maskdit_s2_32", update_ema(c.params, params, decay))
+                for name in c.arrays:
+                    if name.startswith(prefix):
+                        np.testing.assert_allclose(ema[name.split("__")[1]], c[name], rtol=0, atol=atol)
+    seen.append(value_and_grad(params, c.batch)[0][0])
+    np.testing.assert_allclose(seen, c["step_loss_mean"], rtol=1e-4)
+
+
+def test_guided_samples_of_the_network():
+    """Eight Heun steps with guidance 1.5 through the golden S/2 network."""
+    c, golden = case("maskdit_s2_32"), np.load(GOLDEN / "sample_s2_cfg.npz")
+
+    @jax.jit
+    def sample(params, noise, labels):
+        return integrate(guide(c.denoiser(params), 1.5), noise, labels, sigma_grid(8))
+
+    images = sample(c.params, channels_last(golden["latents"]), golden["class_index"])
+    assert_close_to_rms(images, channels_last(golden["x_final"]), 1e-4)
+
+
+def _sampler_cases():
+    info = json.loads(str(np.load(GOLDEN / "samplers_edm.npz")["config_json"]))
+    return list(info["cases"].items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("tag", "settings"), _sampler_cases())
+def test_sampler_trajectory(tag, settings, dtype):
+    """The EDM sampler on a closed-form denoiser: the grid, the levels visited, the end point."""
+    golden = np.load(GOLDEN / "samplers_edm.npz")
+    visited = []
+
+    def denoise(x, sigma, labels):
+        jax.debug.callback(lambda s: visited.append(float(s)), sigma[0], ordered=True)
+        s = sigma[:, None, None, None]
+        c_skip, c_out, c_in, c_noise = coefficients(s, 0.5)
+        label = labels[:, None, None, None].astype(x.dtype)
+        return c_skip * x + c_out * jnp.tanh(0.7 * c_in * x + 0.01 * (label + 1) + 0.2 * c_noise)
+
+    labels = golden["class_index"] if settings["class_labels"] else np.full(2, -1, np.int32)
+    grid = {k: settings[k] for k in ("num_steps", "sigma_min", "sigma_max", "rho") if k in settings}
+    churn = {k: v for k, v in settings.items() if k.startswith("S_")}
+    sigmas = sigma_grid(**grid)
+    np.testing.assert_allclose(sigmas[:-1], golden[f"{tag}__sigma_steps"], rtol=1e-9)
+    with jax.enable_x64(dtype == "float64"):
+        noise = jnp.asarray(channels_last(golden["latents"]), dtype)
+        churn_noise = jnp.asarray(golden["noise"].transpose(0, 1, 3, 4, 2), dtype)
+        denoise = guide(denoise, settings.get("cfg_scale", 1.0))
+        end = integrate(
+            denoise, noise, jnp.asarray(labels), sigmas, churn_noise=lambda i: churn_noise[i], **churn
+        )
+        end = np.asarray(end)
+    assert end.dtype == dtype
+    if dtype == "float64":
+        np.testing.assert_allclose(end, channels_last(golden[f"{tag}__x_final_f64"]), rtol=1e-9, atol=1e-9)
+    else:
+        assert_close_to_rms(end, channels_last(golden[f"{tag}__x_final"]), 1e-4)
+    jax.effects_barrier()
+    # A callback may round what it hands over to float32.
+    np.testing.assert_allclose(visited, golden[f"{tag}__net_sigmas"], rtol=1e-6)
+
+
+def test_position_tables():
+    golden = np.load(GOLDEN / "pos_embed.npz")
+    for name in golden.files:
+        if name == "config_json" or name.endswith("_rows"):
+            continue
+        width, grid = (int(part[1:]) for part in name.split("_")[:2])
+        table = position_table(width, grid)
+        if name.endswith("_values"):
+            table = table[golden[name.replace("_values", "_rows")]]
+        np.testing.assert_allclose(table, golden[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_mask_ratio_schedules_and_kept_counts():
+    golden = np.load(GOLDEN / "mask_ratio_schedules.npz")
+    for name in MASK_SCHEDULES:
+        ratios = [mask_ratio_at(x, name, 0.5, 0.1) for x in golden["x"]]
+        np.testing.assert_allclose(ratios, golden[name], rtol=1e-12, err_msg=name)
+    for num_tokens, row in zip(golden["keep_lengths"], golden["keep_counts"], strict=True):
+        assert [count_kept(int(num_tokens), r) for r in golden["keep_ratios"]] == row.tolist()
+
+
+def _registry():
+    return json.loads((GOLDEN / "registry.json").read_text())
+
+
+@pytest.mark.parametrize("name", _registry()["models"])
+def test_parameter_count_of_every_size(name):
+    """Counts with and without the fixed tables and the decoder; for two sizes all names and shapes."""
+    registry = _registry()
+    size, patch = name.removeprefix("DiT-").split("/")
+    depth, hidden_size, num_heads = SIZES[size]
+    options = {
+        "image_size": 32,
+        "channels": 4,
+        "patch_size": int(patch),
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": 1000,
+    }
+
+    def tensors(**extra):
+        params = init_params(options | extra, 0)
+        return params, to_torch(params, image_size=32, patch_size=int(patch))
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    expected = registry["models"][name]
+    params, torch_tensors = jax.eval_shape(tensors)
+    assert count(params) == expected["trainable"]
+    assert count(torch_tensors) == expected["total"]
+    without = jax.eval_shape(lambda: tensors(use_decoder=False))[1]
+    assert count(without) == expected["total_without_decoder"]
+    if name in registry["state_dict"]:
+        shapes = {key: list(x.shape) for key, x in torch_tensors.items()}
+        assert shapes == dict(registry["state_dict"][name])
+
+
+@pytest.mark.parametrize(
+    ("option", "extra"),
+    [
+        ("mae_loss_coef=0", {"use_mask_token": False}),
+        ("num_classes=0", {"num_classes": 0}),
+        ("use_decoder=False", {"use_decoder": False}),
+    ],
+)
+def test_options_remove_the_tensors_they_should(option, extra):
+    registry = _registry()
+    options = {"image_size": 32, "channels": 4, "patch_size": 2, "hidden_size": 384, "depth": 12}
+    options |= {"num_heads": 6, "num_classes": 1000} | extra
+    keys = jax.eval_shape(lambda: to_torch(init_params(options, 0), image_size=32, patch_size=2))
+    gone = {key for key, _ in registry["state_dict"]["DiT-S/2"]} - set(keys)
+    removed = registry["option_keys"][option]["removed"]
+    assert gone
+    assert {any(k.startswith(r.rstrip("*")) for r in removed) for k in gone} == {True}
+    assert all(any(k.startswith(r.rstrip("*")) for k in gone) for r in removed)
