@@ -21,11 +21,14 @@ def get_config():
         decoder_depth=2,
         decoder_num_heads=4,
         precision="float32",
+        unroll="full",  # so small a model compiles fast either way; unrolled it trains a fifth faster
     )
+    config.diffusion.sigma_data = 0.75  # the standard deviation of the pixels, which are -1 … 1
     config.data.update(source="digits", space="pixels", num_threads=1)
     config.training.update(num_steps=3_000, batch_size=128, ema_decay=0.995)
-    config.optimizer.update(learning_rate=1e-3, warmup_kimg=25.6)
+    config.optimizer.update(learning_rate=2e-3, warmup_kimg=25.6)
     config.checkpoint.every_steps = 500
     config.report.preview_steps = 1_000
+    config.sampling.num_steps = 25
     config.evaluation.num_samples = 1_437
     return config

@@ -1,4 +1,4 @@
-"""Laws of the training step: start loss, masking, randomness, accumulation, meshes, skipped steps, schedules."""
+"""Laws of the training step: start loss, masking, randomness, meshes, skipped steps, schedules."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def trained_params(**options) -> dict:
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
 
-def batch_of(size: int, seed: int = 0) -> dict[str, jax.Array]:
+def batch_of(size: int = 16, seed: int = 0) -> dict[str, jax.Array]:
     key = jax.random.key(seed)
     return {
         "latents": 0.5 * jax.random.normal(key, (size, 8, 8, 2)),
@@ -75,7 +75,9 @@ def adamw(learning_rate: float = 1e-3) -> optax.GradientTransformation:
     )
 
 
+@functools.cache
 def train_step(**options):
+    """The jitted step; tests share the programs, so they use one batch size."""
     step = make_train_step(network_graph(TINY), adamw(), dataclasses.replace(OPTIONS, **options))
     return jax.jit(step, static_argnums=2)
 
@@ -105,9 +107,14 @@ def test_loss_at_start_is_one():
         num_tokens=NUM_TOKENS,
         num_keep=NUM_TOKENS,
     )
-    denoise = precondition(nnx.merge(network_graph(TINY), init_params(TINY, 0)), 0.5)
-    loss, _ = jax.jit(lambda b: maskdit_loss(denoise, b, patch_size=2, sigma_data=0.5, mae_coef=0.1))(noisy)
-    assert float(loss.mean()) == pytest.approx(1.0, abs=0.01)
+
+    # Parameters are arguments: jaxlib 0.10.2's CPU compiler may turn constant zero kernels into NaN.
+    @jax.jit
+    def loss(params):
+        denoise = precondition(nnx.merge(network_graph(TINY), params), 0.5)
+        return maskdit_loss(denoise, noisy, patch_size=2, sigma_data=0.5, mae_coef=0.1)[0].mean()
+
+    assert float(loss(init_params(TINY, 0))) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +185,7 @@ def test_gradient_of_restoring_equals_autodiff_of_a_scatter():
 
 
 def test_loss_falls_and_the_ema_follows_the_numpy_loop():
-    step, batch = train_step(), batch_of(64)
+    step, batch = train_step(), batch_of()
     batch["latents"] = jnp.where(batch["label"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["latents"]
     state = init_state(init_params(TINY, 0), adamw())
     ema, losses = jax.device_get(state.ema_params), []
@@ -197,8 +204,8 @@ def test_ema_of_constant_parameters_is_those_parameters():
 
 def test_accumulated_microbatches_equal_the_whole_batch():
     state = init_state(trained_params(), adamw())
-    whole, whole_metrics = train_step()(state, batch_of(16), 8)
-    cut, cut_metrics = train_step(accumulate=4)(state, batch_of(16), 8)
+    whole, whole_metrics = train_step()(state, batch_of(), 8)
+    cut, cut_metrics = train_step(accumulate=4)(state, batch_of(), 8)
     assert_trees_close(cut_metrics, whole_metrics, rtol=1e-5)
     # Adam divides by the gradient's size: compare its first moment, the gradient itself.
     assert_trees_close(cut.opt_state[1][0].mu, whole.opt_state[1][0].mu, rtol=1e-4, atol=1e-8)
@@ -208,7 +215,7 @@ def test_accumulated_microbatches_equal_the_whole_batch():
 def test_one_step_on_eight_devices_equals_the_step_on_one(data, fsdp):
     """Losses, gradient and parameters, whatever the mesh: the draws do not depend on it."""
     mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    state, batch = init_state(trained_params(), adamw()), batch_of(16)
+    state, batch = init_state(trained_params(), adamw()), batch_of()
     single, single_metrics = train_step()(state, batch, 8)
     shardings = state_shardings(state, mesh)
     step = jax.jit(
@@ -234,7 +241,7 @@ def test_large_parameters_are_cut_over_fsdp_and_small_ones_are_whole():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    step, good = train_step(), batch_of(8)
+    step, good = train_step(), batch_of()
     bad = good | {"latents": good["latents"].at[3, 0, 0, 0].set(jnp.nan)}
     state, _ = step(init_state(trained_params(), adamw()), good, 8)
     skipped, metrics = step(state, bad, 8)
@@ -250,16 +257,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_draws_depend_on_seed_and_step_only():
     state = init_state(trained_params(), adamw())
-    first = train_step()(state, batch_of(8), 8)[1]["loss"]
-    assert train_step()(state, batch_of(8), 8)[1]["loss"] == first
-    assert train_step(seed=4)(state, batch_of(8), 8)[1]["loss"] != first
+    first = train_step()(state, batch_of(), 8)[1]["loss"]
+    assert train_step()(state, batch_of(), 8)[1]["loss"] == first
+    assert train_step(seed=4)(state, batch_of(), 8)[1]["loss"] != first
     later = state._replace(step=state.step + 1)
-    assert train_step()(later, batch_of(8), 8)[1]["loss"] != first
+    assert train_step()(later, batch_of(), 8)[1]["loss"] != first
 
 
 def test_moments_are_drawn_anew_at_every_step():
-    moments = jax.random.normal(jax.random.key(0), (8, 8, 8, 4))
-    batch = {"moments": moments, "label": batch_of(8)["label"]}
+    moments = jax.random.normal(jax.random.key(0), (16, 8, 8, 4))
+    batch = {"moments": moments, "label": batch_of()["label"]}
     state = init_state(trained_params(), adamw())
     exact = {"latents": 0.18215 * moments[..., :2], "label": batch["label"]}
     assert train_step()(state, batch, 8)[1]["loss"] != train_step()(state, exact, 8)[1]["loss"]
@@ -277,19 +284,19 @@ def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
 
     def gradient(extra):
         step = make_train_step(network_graph(TINY | extra), adamw(), OPTIONS)
-        state, metrics = jax.jit(step, static_argnums=2)(
-            init_state(trained_params(), adamw()), batch_of(8), 8
-        )
+        state, metrics = jax.jit(step, static_argnums=2)(init_state(trained_params(), adamw()), batch_of(), 8)
         return metrics, state.opt_state[1][0].mu
 
-    assert_trees_close(gradient(options), gradient({"unroll": "none"}), rtol=1e-4, atol=1e-7)
+    plain, plain_metrics = train_step()(init_state(trained_params(), adamw()), batch_of(), 8)
+    reference = plain_metrics, plain.opt_state[1][0].mu
+    assert_trees_close(gradient(options), reference, rtol=1e-4, atol=1e-7)
 
 
 def test_half_precision_stays_close_and_keeps_float32_parameters():
     half = make_train_step(network_graph(TINY | {"precision": "bfloat16"}), adamw(), OPTIONS)
     state = init_state(trained_params(), adamw())
-    new_state, metrics = jax.jit(half, static_argnums=2)(state, batch_of(32), 8)
-    reference = train_step()(state, batch_of(32), 8)[1]
+    new_state, metrics = jax.jit(half, static_argnums=2)(state, batch_of(), 8)
+    reference = train_step()(state, batch_of(), 8)[1]
     assert float(metrics["loss"]) == pytest.approx(float(reference["loss"]), rel=0.02)
     assert {x.dtype for x in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
 
