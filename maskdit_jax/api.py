@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ class Model:
         """
         options = self.sampler_options(**options)
         seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
         devices = self.mesh.size
         batch_size = -(-batch_size // devices) * devices
         images = []
@@ -114,6 +117,18 @@ class Model:
             raise UserError(f"solver={chosen.solver!r} is unknown; known: {', '.join(SOLVERS)}")
         if chosen.num_steps < 1:
             raise UserError(f"num_steps={chosen.num_steps} must be at least 1")
+        if not 0 < chosen.sigma_min < chosen.sigma_max < math.inf or chosen.rho <= 0:
+            raise UserError(
+                f"sigma_min={chosen.sigma_min}, sigma_max={chosen.sigma_max}, rho={chosen.rho}: expected "
+                "0 < sigma_min < sigma_max and rho > 0"
+            )
+        if not 0 <= chosen.cfg_scale < math.inf or not 0 <= chosen.S_churn < math.inf:
+            raise UserError(
+                f"cfg_scale={chosen.cfg_scale}, S_churn={chosen.S_churn}: neither may be negative or infinite"
+            )
+        interval = chosen.guidance_interval
+        if interval is not None and not interval[0] < interval[1]:
+            raise UserError(f"guidance_interval={interval}: expected (low, high) with low < high")
         if chosen.cfg_scale != 1 and not self.config.model.num_classes:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen

@@ -11,7 +11,7 @@ from maskdit_jax.errors import UserError, known
 from maskdit_jax.models.blocks import REMAT_POLICIES, UNROLL_CHOICES
 from maskdit_jax.models.maskdit import PRECISIONS, SIZES
 from maskdit_jax.models.masking import count_kept
-from maskdit_jax.training.schedules import MASK_SCHEDULES
+from maskdit_jax.training.optimizer import MASK_SCHEDULES
 
 try:
     from ml_collections import ConfigDict

@@ -1,9 +1,11 @@
 """Errors that a user can cause and mend: commands print them as one line, without a traceback."""
 
+import argparse
 import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -17,12 +19,19 @@ def known(name: str, names: Iterable[str], how_many: int = 5) -> str:
     return ", ".join(ranked[:how_many]) + more
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags of a command, refused in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
     try:
         yield
-    except UserError as error:
+    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

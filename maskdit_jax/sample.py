@@ -13,7 +13,7 @@ import numpy as np
 from maskdit_jax.api import MAX_SEED, WEIGHTS, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
-from maskdit_jax.errors import UserError, one_line_errors
+from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.training.report import log, log_to_stdout
 
 FORMATS = ("png", "npz", "grid")
@@ -22,7 +22,7 @@ MAX_GRID = 400
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse flags, load the model, write samples."""
-    parser = argparse.ArgumentParser("python -m maskdit_jax.sample", description=__doc__)
+    parser = Parser("python -m maskdit_jax.sample", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 3,5,7-9")
@@ -44,7 +44,7 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
     """Sample every seed of the flags and write the formats asked for."""
     formats = _parse_formats(flags.format, model.config.data.space)
     seeds = parse_integers("--seeds", flags.seeds)
-    labels = parse_integers("--labels", flags.labels) if flags.labels else None
+    labels = parse_integers("--labels", flags.labels) if flags.labels is not None else None
     if labels is not None and len(labels) == 1:
         labels = np.repeat(labels, len(seeds))
     labels = model.check_labels(seeds, labels)
@@ -101,14 +101,14 @@ def parse_integers(flag: str, text: str) -> np.ndarray:
                     raise ValueError
                 numbers.append(np.arange(int(first), int(last) + 1))
             else:
-                numbers.append(np.array([int(part)]))
-    except ValueError:
+                numbers.append(np.array([int(part)], np.int64))
+    except (ValueError, OverflowError):
         raise UserError(f"{flag}={text}: expected integers such as 0-49999 or 3,5,7-9") from None
     return np.concatenate(numbers)
 
 
 def _parse_formats(text: str | None, space: str) -> list[str]:
-    formats = text.split(",") if text else {"pixels": ["png", "grid"], "latents": ["npz"]}[space]
+    formats = text.split(",") if text is not None else {"pixels": ["png", "grid"], "latents": ["npz"]}[space]
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"--format={text}: {name!r} is unknown; known: {', '.join(FORMATS)}")

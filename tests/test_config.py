@@ -20,7 +20,7 @@ from maskdit_jax.diffusion.samplers import SamplerOptions
 from maskdit_jax.errors import UserError
 from maskdit_jax.models.maskdit import PRECISIONS, MaskDiT
 from maskdit_jax.training.build import batch_shapes, build
-from maskdit_jax.training.state import make_optimizer
+from maskdit_jax.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem != "__init__")
@@ -335,7 +335,7 @@ def test_mask_that_hides_everything_comes_with_a_ratio_that_does_not(name, image
 
 
 def test_missing_file_names_the_one_meant():
-    with user_error("digit.py: no such file; found: ", "digits.py"):
+    with user_error("digit.py: no such Python file; found: ", "digits.py"):
         loaded("digit")
 
 

@@ -19,8 +19,8 @@ from maskdit_jax.interop.names import to_torch
 from maskdit_jax.models.embed import noise_features, position_table
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.models.masking import count_kept
-from maskdit_jax.training.schedules import MASK_SCHEDULES, mask_ratio_at
-from maskdit_jax.training.state import init_params, make_optimizer, update_ema
+from maskdit_jax.training.optimizer import MASK_SCHEDULES, make_optimizer, mask_ratio_at
+from maskdit_jax.training.state import init_params, update_ema
 
 SMALL = ["maskdit_s2_32", "maskdit_b4_uncond", "dit_s2_nodecoder"]
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("maskdit_xl2_32", "maskdit_xl2_64")]

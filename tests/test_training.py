@@ -16,13 +16,14 @@ from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
 from maskdit_jax.models.maskdit import MaskDiT
 from maskdit_jax.models.masking import random_mask, restore_tokens
 from maskdit_jax.training.mesh import batch_sharding, state_shardings
-from maskdit_jax.training.schedules import (
+from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
     keep_schedule,
     learning_rate_schedule,
+    make_optimizer,
     mask_ratio_at,
 )
-from maskdit_jax.training.state import init_params, init_state, make_optimizer, network_graph, update_ema
+from maskdit_jax.training.state import init_params, init_state, network_graph, update_ema
 from maskdit_jax.training.step import StepOptions, make_train_step
 
 TINY = {

@@ -1,18 +1,17 @@
 """Speed and memory of the training step of any config, on synthetic data."""
 
-import argparse
 import json
 from pathlib import Path
 
 import jax
 
 from maskdit_jax.config import load, resolve
-from maskdit_jax.errors import UserError, one_line_errors
+from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.training.benchmark import benchmark, compile_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, help="items per step; default: the config's")
     parser.add_argument("--blocks", type=int, default=5, help="blocks timed; the median counts")

@@ -54,7 +54,9 @@ def open_shards(folder: str) -> tuple[dict, list[np.memmap]]:
         metadata = json.loads((path / METADATA).read_text())
         record = record_dtype(metadata["image_size"], metadata["channels"], metadata["dtype"])
         listed = [(path / shard["file"], shard["num_records"]) for shard in metadata["shards"]]
-        num_classes = metadata["num_classes"]
+        missing = {"image_size", "channels", "num_classes"} - set(metadata)
+        if missing:
+            raise KeyError(*missing)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"data.source: {path / METADATA} is damaged: {error!r}") from error
     shards = []

@@ -12,7 +12,7 @@ from maskdit_jax.api import Model, load
 from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
-from maskdit_jax.training.checkpoint import open_run
+from maskdit_jax.training.checkpoint import FOLDER, open_run
 from maskdit_jax.training.report import PREVIEW_ENLARGE, sample_grid
 
 log = logging.getLogger("maskdit_jax")
@@ -31,7 +31,9 @@ def finish(workdir: Path) -> None:
     card_file, grid_file = workdir / CARD, workdir / GRID
     card = json.loads(card_file.read_text()) if card_file.exists() else {}
     wanted = config.evaluation.num_samples
-    if not grid_file.exists() or (wanted and card.get("step") != step):
+    saved_at = (workdir / FOLDER / str(step)).stat().st_mtime
+    grid_is_new = grid_file.exists() and grid_file.stat().st_mtime >= saved_at
+    if not grid_is_new or (wanted and card.get("step") != step):
         model = load(workdir)
         save_png(grid_file, sample_grid(model), PREVIEW_ENLARGE)
         if wanted:

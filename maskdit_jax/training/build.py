@@ -10,12 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskdit_jax.config import ConfigDict, network_options
 from maskdit_jax.training.mesh import batch_sharding, make_mesh, state_shardings
-from maskdit_jax.training.schedules import keep_schedule, learning_rate_schedule
+from maskdit_jax.training.optimizer import keep_schedule, learning_rate_schedule, make_optimizer
 from maskdit_jax.training.state import (
     TrainState,
     init_params,
     init_state,
-    make_optimizer,
     network_graph,
 )
 from maskdit_jax.training.step import Metrics, StepOptions, make_train_step

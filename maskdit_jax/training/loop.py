@@ -76,17 +76,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
             state, metrics = training.step(state, next(device_batches), training.num_keep(step))
             step, items = step + 1, items + config.training.batch_size
             arrived = [reporter.add(metrics)]
-            due = {
-                "checkpoint": step % config.checkpoint.every_steps == 0 or step == steps,
-                "preview": config.report.preview_steps and step % config.report.preview_steps == 0,
-            }
-            if any(due.values()):
+            checkpoint_due = step % config.checkpoint.every_steps == 0
+            preview_due = config.report.preview_steps and step % config.report.preview_steps == 0
+            if checkpoint_due or preview_due or step == steps:
                 arrived += reporter.drain()
             _stop_if_diverged(arrived, config.training.max_nonfinite_steps, checkpoints)
             with reporter.off_the_clock():
-                if due["checkpoint"]:
+                # The update before skipped ones may have ruined the weights: older checkpoints stay.
+                if step == steps or (checkpoint_due and not arrived[-1]["nonfinite_in_row"]):
                     save()
-                if due["preview"]:
+                if preview_due:
                     model = Model(config, state.ema_params, training.mesh)
                     log.info(f"preview: {reporter.grid(step, sample_grid(model))}")
     finally:

@@ -27,20 +27,6 @@ class TrainState(NamedTuple):
     nonfinite_total: jax.Array
 
 
-def make_optimizer(
-    learning_rate: optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-) -> optax.GradientTransformation:
-    """AdamW; with clip_norm > 0 the gradient's global norm is limited first."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
-
-
 def network_graph(options: dict[str, Any]) -> nnx.GraphDef:
     """The static half of a `MaskDiT` built with `options`: merged with parameters it is the network."""
     return nnx.split(nnx.eval_shape(lambda: MaskDiT(**options, rngs=nnx.Rngs(0))))[0]

@@ -1,4 +1,4 @@
-"""What changes during training: the learning rate and the share of hidden patches."""
+"""The optimizer, and what changes during training: learning rate and share of hidden patches."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,20 @@ from maskdit_jax.models.masking import count_kept
 
 MAX_PROGRAMS = 16
 MASK_SCHEDULES = ("constant", "linear", "exp", *(f"cosine{n}" for n in range(2, 7)))
+
+
+def make_optimizer(
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW; with clip_norm > 0 the gradient's global norm is limited first."""
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
 def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> optax.Schedule:
