@@ -28,7 +28,7 @@ def get_config():
     config.training.update(num_steps=3_000, batch_size=128, ema_decay=0.995)
     config.optimizer.update(learning_rate=2e-3, warmup_kimg=25.6)
     config.checkpoint.every_steps = 500
-    config.report.preview_steps = 1_000
-    config.sampling.num_steps = 25
+    config.report.preview_steps = 1_500
+    config.sampling.num_steps = 18
     config.evaluation.num_samples = 1_437
     return config
