@@ -56,27 +56,6 @@ def make_train_step(
         means = {name: term.mean() for name, term in terms.items()}
         return loss.mean(), {"loss": loss.mean(), **means}
 
-    def gradient(params, noisy_batch: NoisyBatch):
-        value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
-        if options.accumulate == 1:
-            (_, metrics), grads = value_and_grad(params, noisy_batch)
-            return grads, metrics
-
-        def add_microbatch(total, microbatch):
-            (_, metrics), grads = value_and_grad(params, microbatch)
-            return jax.tree.map(jnp.add, total, (grads, metrics)), None
-
-        # Every microbatch takes its part of every device's items: [B] → [accumulate, B / accumulate].
-        def cut(x):
-            return x.reshape(-1, options.accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-        microbatches = jax.tree.map(cut, noisy_batch)
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(value_and_grad, params, first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1]))
-        total, _ = jax.lax.scan(add_microbatch, zeros, microbatches)
-        return jax.tree.map(lambda x: x / options.accumulate, total)
-
     def train_step(
         state: TrainState, batch: dict[str, jax.Array], num_keep: int
     ) -> tuple[TrainState, Metrics]:
@@ -92,7 +71,7 @@ def make_train_step(
             num_tokens=options.num_tokens,
             num_keep=num_keep,
         )
-        grads, metrics = gradient(state.params, noisy_batch)
+        grads, metrics = mean_gradient(batch_loss, state.params, noisy_batch, options.accumulate)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
@@ -120,6 +99,36 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def mean_gradient(
+    batch_loss: Callable[[Any, NoisyBatch], tuple[jax.Array, Metrics]],
+    params: Any,
+    noisy_batch: NoisyBatch,
+    accumulate: int,
+) -> tuple[Any, Metrics]:
+    """Gradient and metrics of the batch: the mean over `accumulate` microbatches, one after the other."""
+    value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+
+    def of_microbatch(microbatch: NoisyBatch) -> tuple[Any, Metrics]:
+        (_, metrics), grads = value_and_grad(params, microbatch)
+        return grads, metrics
+
+    if accumulate == 1:
+        return of_microbatch(noisy_batch)
+
+    # Every microbatch takes its part of every device's items: [B] → [accumulate, B / accumulate].
+    def cut(x):
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def add_microbatch(total, microbatch):
+        return jax.tree.map(jnp.add, total, of_microbatch(microbatch)), None
+
+    microbatches = jax.tree.map(cut, noisy_batch)
+    shapes = jax.eval_shape(of_microbatch, jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add_microbatch, zeros, microbatches)
+    return jax.tree.map(lambda x: x / accumulate, total)
 
 
 def _latents(batch: dict[str, jax.Array], key: jax.Array, latent_scale: float) -> jax.Array:
