@@ -19,7 +19,7 @@ from maskdit_jax.diffusion.guidance import guide
 from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.training.checkpoint import open_run
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, state_shardings
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes
 from maskdit_jax.training.state import Params, init_params, network_graph
 
 MAX_SEED = 2**32 - 1
@@ -35,12 +35,7 @@ def load(path: str | Path, weights: str = "ema") -> "Model":
     checkpoints, config = open_run(path)
     options = network_options(config)
     mesh = make_mesh(jax.device_count(), 1)
-    shapes = jax.eval_shape(lambda: init_params(options, 0))
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
+    shapes = place_shapes(jax.eval_shape(lambda: init_params(options, 0)), mesh)
     params = checkpoints.restore_weights(WEIGHTS[weights], shapes)
     checkpoints.close()
     return Model(config, params, mesh)

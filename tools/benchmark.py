@@ -8,6 +8,7 @@ import jax
 from maskdit_jax.config import load, resolve
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.training.benchmark import benchmark, compile_step
+from maskdit_jax.training.build import build
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
             config.training.batch_size = flags.batch
         config = resolve(config, device_count=jax.device_count())
         if flags.compile_only:
-            _, seconds = compile_step(config, config.training.batch_size)
+            _, seconds = compile_step(config, build(config))
             result = {"batch_size": config.training.batch_size, "compile_s": seconds}
         else:
             result = benchmark(config, blocks=flags.blocks, steps=flags.steps)

@@ -7,15 +7,14 @@ from typing import Any
 import jax
 
 from maskdit_jax.config import ConfigDict
-from maskdit_jax.training.build import batch_shapes, build
+from maskdit_jax.training.build import Training, batch_shapes, build
 
 WARM_UP_STEPS = 3
 
 
-def compile_step(config: ConfigDict, batch_size: int) -> tuple[Any, float]:
-    """The step of `config`, resolved, compiled from shapes for its first mask ratio; seconds it took."""
-    training = build(config)
-    shapes = batch_shapes(config, training.mesh, batch_size)
+def compile_step(config: ConfigDict, training: Training) -> tuple[Any, float]:
+    """The step that `build` made of `config`, compiled from shapes for its first mask ratio; seconds."""
+    shapes = batch_shapes(config, training.mesh, config.training.batch_size)
     started = time.monotonic()
     lowered = training.step.lower(training.state_shapes, shapes, training.num_keep(0))
     return lowered.compile(), time.monotonic() - started
@@ -28,8 +27,8 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     step time is the median of the blocks' means, images_per_s follows from it.
     """
     batch_size = config.training.batch_size
-    compiled, compile_s = compile_step(config, batch_size)
     training = build(config)
+    compiled, compile_s = compile_step(config, training)
     state = training.start(None)
     shapes = batch_shapes(config, training.mesh, batch_size)
     key = jax.random.key(config.seed)

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskdit_jax.config import ConfigDict, network_options
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, state_shardings
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes
 from maskdit_jax.training.optimizer import keep_schedule, learning_rate_schedule, make_optimizer
 from maskdit_jax.training.state import (
     TrainState,
@@ -29,7 +28,6 @@ class Training(NamedTuple):
     one of keep_levels.
     """
 
-    graphdef: nnx.GraphDef
     mesh: Mesh
     state_shapes: TrainState
     start: Callable[[dict[str, Any] | None], TrainState]
@@ -76,8 +74,8 @@ def build(config: ConfigDict) -> Training:
             params = init_params(network_options(config), config.seed)
         return init_state(params, optimizer)
 
-    shapes = jax.eval_shape(start)
-    shardings = state_shardings(shapes, mesh)
+    state_shapes = place_shapes(jax.eval_shape(start), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
     step = jax.jit(
         make_train_step(graphdef, optimizer, options),
         static_argnums=2,
@@ -86,11 +84,8 @@ def build(config: ConfigDict) -> Training:
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
     return Training(
-        graphdef=graphdef,
         mesh=mesh,
-        state_shapes=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        ),
+        state_shapes=state_shapes,
         start=jax.jit(start, out_shardings=shardings),
         step=step,
         num_keep=num_keep,

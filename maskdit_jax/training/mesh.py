@@ -29,6 +29,13 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, state)
 
 
+def place_shapes(shapes: Any, mesh: Mesh) -> Any:
+    """A pytree of shapes as ShapeDtypeStructs that also say where each array lies: what a restore needs."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(shapes, mesh)
+    )
+
+
 def _fsdp_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """The longest dimension that `fsdp` divides is cut; the last such, so that stacked layers stay whole."""
     divisible = [i for i, length in enumerate(shape) if length % fsdp == 0]
