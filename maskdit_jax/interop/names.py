@@ -1,14 +1,17 @@
-"""One table for MaskDiT: our path ↔ torch key, with the change of layout.
+"""One table for each model: our path ↔ torch key, with the change of layout.
 
-Works on numpy arrays, jax arrays and, under `jax.eval_shape`, on shapes. A missing or unexpected
-key is a KeyError that names it.
+`to_torch` works on numpy arrays, jax arrays and, under `jax.eval_shape`, on shapes; what comes from torch
+is numpy arrays. A missing or unexpected key is a KeyError that names it.
 """
 
+import math
+import re
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from maskdit_jax.models.embed import position_table
+from maskdit_jax.models.maskdit import SIZES
 
 # Our path, torch key, layout. {i} numbers the blocks of a stack, which are one array here.
 _BLOCK = [
@@ -33,6 +36,54 @@ TABLE = [
     *((f"decoder.layers.{a}", f"model.decoder_blocks.{{i}}.{b}", c) for a, b, c in _BLOCK),
     *((f"output.{a}", f"model.final_layer.{b}", c) for a, b, c in _MODULATED_LINEAR),
 ]
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_options(shapes: Shapes) -> dict[str, Any]:
+    """Options of the `MaskDiT` whose torch tensors have these shapes, all but its numbers of heads.
+
+    Only the tensors that decide are looked at: the caller compares the rest with what `to_torch`
+    gives for the options.
+
+    Raises:
+      KeyError: a tensor that decides is missing.
+      ValueError: one has a shape that no MaskDiT has.
+    """
+    hidden_size, channels, patch_size, other_side = _rank(shapes, "model.x_embedder.proj.weight", 4)
+    _, num_tokens, _ = _rank(shapes, "model.pos_embed", 3)
+    grid = math.isqrt(num_tokens)
+    if patch_size != other_side or grid**2 != num_tokens or not grid or hidden_size % 4:
+        raise ValueError(
+            f"patches of {patch_size}×{other_side}, {num_tokens} positions, width {hidden_size}: expected "
+            "square patches, a square number of positions (class tokens are not supported) and a width "
+            "that 4 divides"
+        )
+    has_labels = "model.y_embedder.embedding_table.weight" in shapes
+    options = {
+        "image_size": grid * patch_size,
+        "channels": channels,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "depth": _depth(shapes, "model.blocks."),
+        "num_classes": _rank(shapes, "model.y_embedder.embedding_table.weight", 2)[1] if has_labels else 0,
+        "use_decoder": any(key.startswith("model.decoder_") for key in shapes),
+        "use_mask_token": "model.mask_token" in shapes,
+    }
+    if options["use_decoder"]:
+        options["decoder_hidden_size"] = _rank(shapes, "model.decoder_layer.linear.weight", 2)[0]
+        options["decoder_depth"] = _depth(shapes, "model.decoder_blocks.")
+    return options
+
+
+def size_name(options: dict[str, Any]) -> str | None:
+    """The name of a published size, such as "MaskDiT-XL/2" ("DiT-XL/2" without decoder); None for others."""
+    family = "MaskDiT" if options["use_decoder"] else "DiT"
+    for size, (depth, hidden_size, _) in SIZES.items():
+        if (depth, hidden_size) == (options["depth"], options["hidden_size"]):
+            return f"{family}-{size}/{options['patch_size']}"
+    return None
 
 
 def to_torch(params: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
@@ -60,10 +111,9 @@ def from_torch(tensors: dict[str, Any], *, patch_size: int) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for path, key, layout in TABLE:
         if "{i}" in key:
-            before = key.partition("{i}")[0]
-            count = len({k.removeprefix(before).split(".")[0] for k in rest if k.startswith(before)})
+            count = _count(rest, key.partition("{i}")[0])
             parts = [_leaf_from_torch(rest, key.format(i=i), layout, patch_size) for i in range(count)]
-            leaf = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]} if parts else None
+            leaf = {name: np.stack([p[name] for p in parts]) for name in parts[0]} if parts else None
         else:
             present = any(k == key or k.startswith(key + ".") for k in rest)
             leaf = _leaf_from_torch(rest, key, layout, patch_size) if present else None
@@ -76,6 +126,26 @@ def from_torch(tensors: dict[str, Any], *, patch_size: int) -> dict[str, Any]:
     if rest:
         raise KeyError(f"unexpected torch keys: {', '.join(sorted(rest))}")
     return params
+
+
+def _rank(shapes, key, rank):
+    if len(shapes[key]) != rank:
+        raise ValueError(f"{key} has shape {list(shapes[key])}, expected {rank} dimensions")
+    return shapes[key]
+
+
+def _count(keys, prefix):
+    """Number of the blocks under `prefix`; a gap counts, so that what is missing can be named."""
+    names = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
+    numbers = [int(name) for name in names if name.isdecimal() and len(name) < 5]
+    # A lone huge number is no block, but an unexpected key.
+    return max((n + 1 for n in numbers if n < len(keys)), default=0)
+
+
+def _depth(keys, prefix):
+    if not _count(keys, prefix):
+        raise KeyError(f"{prefix}0")
+    return _count(keys, prefix)
 
 
 def _find(params, path):
@@ -107,3 +177,72 @@ def _leaf_from_torch(tensors, key, layout, patch_size):
     if layout == "patch map":
         return {"kernel": weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]), "bias": bias}
     return {"kernel": weight.T, "bias": bias}
+
+
+# The autoencoder: our paths are the keys of diffusers' AutoencoderKL; these are the other names its
+# tensors go by, in older diffusers files (attention) and in CompVis' autoencoder_kl.pth.
+_AUTOENCODER_ALIASES = [
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.0\.(?:query|q)\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.(?:key|k)\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.(?:value|v)\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.(?:proj_attn|proj_out)\.", ".attentions.0.to_out.0."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+]
+
+
+def rename_autoencoder(tensors: dict[str, Any]) -> dict[str, Any]:
+    """An autoencoder's tensors under the keys that diffusers gives them today."""
+    levels = _count(tensors, "decoder.up.")
+
+    def rename(key: str) -> str:
+        # CompVis numbers the decoder's levels from the image down, diffusers from the latents up.
+        key = re.sub(r"^decoder\.up\.(\d)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key)
+        for alias, name in _AUTOENCODER_ALIASES:
+            key = re.sub(alias, name, key)
+        return key
+
+    return {rename(key): value for key, value in tensors.items()}
+
+
+def read_autoencoder_options(shapes: Shapes) -> dict[str, Any]:
+    """Options of the `AutoencoderKL` whose tensors, under diffusers' keys, have these shapes.
+
+    Raises:
+      KeyError: a tensor that decides is missing.
+      ValueError: one has a shape that no AutoencoderKL has.
+    """
+    levels = range(_depth(shapes, "encoder.down_blocks."))
+    first_conv = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    return {
+        "image_channels": _rank(shapes, "encoder.conv_in.weight", 4)[1],
+        "latent_channels": _rank(shapes, "post_quant_conv.weight", 4)[0],
+        "block_out_channels": tuple(_rank(shapes, first_conv.format(i), 4)[0] for i in levels),
+        "layers_per_block": _depth(shapes, "encoder.down_blocks.0.resnets."),
+    }
+
+
+def autoencoder_from_torch(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Parameters of `AutoencoderKL` from its tensors under diffusers' keys."""
+    params: dict[str, Any] = {}
+    for key, value in tensors.items():
+        *parents, kind = key.split(".")
+        node = params
+        for name in parents:
+            node = node.setdefault(int(name) if name.isdecimal() else name, {})
+        if ".attentions." in key and value.ndim == 4:  # CompVis' linear maps are 1×1 convolutions
+            value = value[:, :, 0, 0]
+        if kind == "weight" and value.ndim == 4:
+            node["kernel"] = value.transpose(2, 3, 1, 0)
+        elif kind == "weight" and value.ndim == 2:
+            node["kernel"] = value.T
+        else:
+            node["scale" if kind == "weight" else kind] = value
+    return params
