@@ -29,10 +29,11 @@ setup(
         "grain>=0.2.18",
         "scikit-learn>=1.5",
         "pillow>=11",
+        "safetensors>=0.5",
         *TENSORBOARD,
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff==0.17.5", *TORCH],
+        "test": ["pytest>=9", "ruff==0.17.5", "diffusers>=0.35", *TORCH],
         "torch": TORCH,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

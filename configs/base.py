@@ -8,6 +8,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initialisation, data order and every random draw of training
     config.init_from = ""  # run folder whose weights the run starts from, with a fresh optimizer
 
+    config.vae = ""  # the latents' autoencoder, to show samples as pixels: diffusers folder or .pth file
+
     config.model = model = ConfigDict()
     model.size = "XL/2"  # S, B, L, XL or H / patch size; fills the four numbers below that are 0
     model.hidden_size = 0  # width of the encoder; 0: from `size`

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +15,87 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskdit_jax.config import ConfigDict, network_options
+from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.guidance import guide
 from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
-from maskdit_jax.training.checkpoint import open_run
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes
+from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints, open_run
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, repeat_to
 from maskdit_jax.training.state import Params, init_params, network_graph
 
+log = logging.getLogger("maskdit_jax")
+
 MAX_SEED = 2**32 - 1
-WEIGHTS = {"ema": "ema_params", "params": "params"}
 
 
-def load(path: str | Path, weights: str = "ema") -> "Model":
-    """The newest checkpoint of a run folder as a Model; `weights` is "ema" or "params".
+class Origin(NamedTuple):
+    """Where a model's weights come from: run folder, training step, and "ema" or "params"."""
+
+    workdir: Path
+    step: int
+    weights: str
+
+
+def load(
+    path: str | Path,
+    weights: str = "ema",
+    *,
+    precision: str | None = None,
+    vae: str | Path | None = None,
+) -> "Model":
+    """The newest checkpoint of a run folder, or an import, as a Model.
+
+    Args:
+      path: folder of a run, or one that `import_torch` made.
+      weights: "ema" or "params", the raw weights.
+      precision: of compute, bfloat16, tf32 or float32; by default the run's.
+      vae: the latents' autoencoder, with which `sample` gives images; by default the run's, "" for none.
 
     Raises:
-      UserError: `path` holds no checkpoint.
+      UserError: there is no such checkpoint or autoencoder, or it does not fit.
     """
+    for name, value, choices in (("weights", weights, WEIGHTS), ("precision", precision, PRECISIONS)):
+        if value is not None and value not in choices:
+            raise UserError(f"{name}={value!r} is unknown; known: {', '.join(choices)}")
     checkpoints, config = open_run(path)
-    options = network_options(config)
+    config.model.precision = precision or config.model.precision
+    if vae is None:
+        vae = config.get("vae")  # an import, and a run older than this option, has none
+    autoencoder = load_autoencoder(vae, config.model.precision) if vae else None
     mesh = make_mesh(jax.device_count(), 1)
-    shapes = place_shapes(jax.eval_shape(lambda: init_params(options, 0)), mesh)
-    params = checkpoints.restore_weights(WEIGHTS[weights], shapes)
+    origin = Origin(Path(path), checkpoints.latest_step, weights)
+    params = _restore(checkpoints, config, mesh, origin)
+    return Model(config, params, mesh, origin=origin, autoencoder=autoencoder)
+
+
+def _restore(checkpoints: Checkpoints, config: ConfigDict, mesh: Mesh, origin: Origin) -> Params:
+    shapes = jax.eval_shape(lambda: init_params(network_options(config), 0))
+    params = checkpoints.restore_weights(WEIGHTS[origin.weights], place_shapes(shapes, mesh), origin.step)
     checkpoints.close()
-    return Model(config, params, mesh)
+    return params
 
 
 class Model:
-    """A denoiser: its resolved `config`, its `params`, and the `mesh` over which samples are spread."""
+    """A denoiser: its resolved `config`, its `params`, and the `mesh` over which samples are spread.
 
-    def __init__(self, config: ConfigDict, params: Params, mesh: Mesh):
+    `autoencoder`, if there is one, turns its latents into images; `origin` says which weights it has.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: Params,
+        mesh: Mesh,
+        *,
+        origin: Origin | None = None,
+        autoencoder: Autoencoder | None = None,
+    ):
+        if autoencoder:
+            _check_autoencoder(autoencoder, config)
         self.config, self.params, self.mesh = config, params, mesh
+        self.origin, self.autoencoder = origin, autoencoder
         model = config.model
         self.image_shape = (model.image_size, model.image_size, model.channels)
         self._graphdef = network_graph(network_options(config))
@@ -62,25 +112,29 @@ class Model:
         seeds: Sequence[int],
         labels: Sequence[int] | None = None,
         *,
+        noise: np.ndarray | None = None,
         batch_size: int = 64,
         **options: Any,
     ) -> np.ndarray:
-        """Samples [n, H, W, C] float32, one for each seed.
+        """Samples [n, H, W, C] float32, one for each seed: latents, or with an autoencoder images in [-1, 1].
 
         An image is a function of the weights, its seed, its label and the options only.
 
         Args:
           seeds: integers 0 … 2³² - 1.
           labels: classes, -1 = no class; by default seed modulo the number of classes.
+          noise: unit normal noise [n, H, W, C] to start from, instead of the draws from the seeds.
           batch_size: images per call of the network, rounded up to a multiple of the devices.
           **options: fields of `SamplerOptions` (cfg_scale, num_steps, guidance_interval, solver, …);
             the others come from the run's configuration.
 
         Raises:
-          UserError: an option, seed or label that does not exist.
+          UserError: an option, seed or label that does not exist, or noise of another shape.
         """
         options = self.sampler_options(**options)
         seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
+        if noise is not None and np.shape(noise) != (len(seeds), *self.image_shape):
+            raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         devices = self.mesh.size
@@ -89,17 +143,38 @@ class Model:
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             # The last batch is filled up, so that there is one program.
-            filled = np.resize(seeds[part], batch_size), np.resize(labels[part], batch_size)
+            filled = [repeat_to(x[part], batch_size) for x in (seeds, labels, noise) if x is not None]
             batch = _sample(
                 self.params,
                 *jax.device_put(filled, batch_sharding(self.mesh)),
-                self._graphdef,
-                self.config.diffusion.sigma_data,
-                self.image_shape,
-                options,
+                graphdef=self._graphdef,
+                sigma_data=self.config.diffusion.sigma_data,
+                image_shape=self.image_shape,
+                options=options,
             )
+            if self.autoencoder:
+                batch = self.autoencoder.decode(batch / self.config.data.latent_scale)
             images.append(np.asarray(batch)[: len(seeds[part])])
         return np.concatenate(images)
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether samples are images; otherwise they are latents."""
+        return self.autoencoder is not None or self.config.data.space == "pixels"
+
+    def with_weights(self, weights: str) -> "Model":
+        """The same step of the same run with its other weights, "ema" or "params".
+
+        Raises:
+          UserError: the model was not loaded from a folder, or the folder has gone on since.
+        """
+        if self.origin is None:
+            raise UserError("this model was not loaded from a folder: it has one set of weights")
+        if weights == self.origin.weights:
+            return self
+        origin = self.origin._replace(weights=weights)
+        params = _restore(open_run(origin.workdir)[0], self.config, self.mesh, origin)
+        return Model(self.config, params, self.mesh, origin=origin, autoencoder=self.autoencoder)
 
     def sampler_options(self, **options: Any) -> SamplerOptions:
         """The run's sampler options, with those given here in their place, checked."""
@@ -144,6 +219,21 @@ class Model:
         return wide.astype(np.int32)
 
 
+def _check_autoencoder(autoencoder: Autoencoder, config: ConfigDict) -> None:
+    if config.data.space != "latents":
+        raise UserError("vae: this run's model makes pixels, there is nothing to decode")
+    if autoencoder.channels != config.model.channels:
+        raise UserError(
+            f"vae: the autoencoder's latents have {autoencoder.channels} channels, the model's "
+            f"{config.model.channels}"
+        )
+    if not math.isclose(autoencoder.latent_scale, config.data.latent_scale, rel_tol=1e-3):
+        log.warning(
+            f"warning: the autoencoder is published with the scale {autoencoder.latent_scale:g}, the model "
+            f"was trained with data.latent_scale={config.data.latent_scale:g}: is it the right one?"
+        )
+
+
 def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
@@ -158,6 +248,6 @@ def _denoise(params, x, sigma, labels, graphdef, sigma_data, cfg_scale):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sigma_data", "image_shape", "options"))
-def _sample(params, seeds, labels, graphdef, sigma_data, image_shape, options):
+def _sample(params, seeds, labels, noise=None, *, graphdef, sigma_data, image_shape, options):
     denoise = precondition(nnx.merge(graphdef, params), sigma_data)
-    return generate(denoise, seeds, labels, image_shape, options)
+    return generate(denoise, seeds, labels, image_shape, options, noise)

@@ -234,6 +234,10 @@ def _check_model(config: ConfigDict) -> None:
             count_kept(tokens, d[ratio]) >= 1,
             f"diffusion.{ratio}={d[ratio]} hides all {tokens} patches; use at most {at_most}",
         )
+    _require(
+        not config.vae or config.data.space == "latents",
+        f"vae={config.vae!r} decodes latents, but data.space='pixels'; leave it empty",
+    )
     count = config.evaluation.num_samples
     _require(
         not count or config.data.source == "digits",

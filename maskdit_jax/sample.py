@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from maskdit_jax.api import MAX_SEED, WEIGHTS, Model, load
+from maskdit_jax.api import MAX_SEED, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
 from maskdit_jax.errors import Parser, UserError, one_line_errors
+from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.training.checkpoint import WEIGHTS
 from maskdit_jax.training.report import log, log_to_stdout
 
 FORMATS = ("png", "npz", "grid")
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--labels", help="one class, or one for each seed; default: seed mod classes")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--weights", choices=WEIGHTS, default="ema")
+    parser.add_argument("--vae", help="autoencoder that makes pixels of latents: diffusers folder or .pth")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of compute; default: the run's")
     parser.add_argument("--format", help="of png,npz,grid; default: png,grid, of latents npz")
     parser.add_argument("--guidance_interval", help="LOW,HIGH: the noise levels that are guided")
     for field in dataclasses.fields(SamplerOptions):
@@ -37,12 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     log_to_stdout()
     with one_line_errors():
-        write_samples(load(flags.workdir, flags.weights), flags)
+        model = load(flags.workdir, flags.weights, precision=flags.precision, vae=flags.vae)
+        write_samples(model, flags)
 
 
 def write_samples(model: Model, flags: argparse.Namespace) -> None:
     """Sample every seed of the flags and write the formats asked for."""
-    formats = _parse_formats(flags.format, model.config.data.space)
+    formats = _parse_formats(flags.format, model.makes_pixels)
     seeds = parse_integers("--seeds", flags.seeds)
     labels = parse_integers("--labels", flags.labels) if flags.labels is not None else None
     if labels is not None and len(labels) == 1:
@@ -63,7 +68,7 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
         samples = model.sample(
             seeds[part], labels[part], batch_size=flags.batch_size, **dataclasses.asdict(options)
         )
-        if model.config.data.space == "pixels":
+        if model.makes_pixels:
             samples = to_uint8(samples)
         if "png" in formats:
             for seed, image in zip(seeds[part], samples, strict=True):
@@ -107,13 +112,16 @@ def parse_integers(flag: str, text: str) -> np.ndarray:
     return np.concatenate(numbers)
 
 
-def _parse_formats(text: str | None, space: str) -> list[str]:
-    formats = text.split(",") if text is not None else {"pixels": ["png", "grid"], "latents": ["npz"]}[space]
+def _parse_formats(text: str | None, makes_pixels: bool) -> list[str]:
+    default = "png,grid" if makes_pixels else "npz"
+    formats = (text if text is not None else default).split(",")
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"--format={text}: {name!r} is unknown; known: {', '.join(FORMATS)}")
-        if name != "npz" and space == "latents":
-            raise UserError(f"--format={text}: this run's model makes latents, which have no pixels; use npz")
+        if name != "npz" and not makes_pixels:
+            raise UserError(
+                f"--format={text}: the model makes latents, which have no pixels; use npz, or --vae=DIR"
+            )
     return formats
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import zlib
-from functools import cached_property, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import NoisyBatch
 from maskdit_jax.interop.names import from_torch, to_torch
+from maskdit_jax.models.embed import position_table
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.models.masking import random_mask
 from maskdit_jax.training.state import init_params, network_graph
@@ -32,25 +34,6 @@ def seeded_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
     small = len(shape) == 1 or math.prod(shape[1:]) == 1 or key.endswith("mask_token")
     scale = 0.02 if small else 1 / math.sqrt(math.prod(shape[1:]))
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
-
-
-@lru_cache(maxsize=2)
-def seeded_weights(options: tuple) -> tuple[dict, float, float]:
-    """Our parameters of the golden weights, and their checksums: the sum and the sum of magnitudes.
-
-    The options leave the image size out: but for the fixed position tables no tensor depends on it.
-    """
-    options, image_size = dict(options), 32
-    patch_size = options["patch_size"]
-    shapes = jax.eval_shape(
-        lambda: to_torch(
-            init_params(options | {"image_size": image_size}, 0), image_size=image_size, patch_size=patch_size
-        )
-    )
-    tensors = {k: seeded_tensor(k, s.shape) for k, s in shapes.items() if not k.endswith("pos_embed")}
-    total = sum(float(v.sum(dtype=np.float64)) for v in tensors.values())
-    magnitude = sum(float(np.abs(v).sum(dtype=np.float64)) for v in tensors.values())
-    return from_torch(tensors, patch_size=patch_size), total, magnitude
 
 
 class Case:
@@ -81,13 +64,24 @@ class Case:
         is_image = array.ndim == 4 and array.shape[-1] > 4
         return channels_last(array) if is_image and "__" not in name else array
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The golden weights under their torch keys, the fixed position tables included."""
+        sizes = {name: self.options[name] for name in ("image_size", "patch_size")}
+        shapes = jax.eval_shape(lambda: to_torch(init_params(self.options, 0), **sizes))
+        weights = {k: s.shape for k, s in shapes.items() if not k.endswith("pos_embed")}
+        with ThreadPoolExecutor() as pool:
+            tensors = dict(zip(weights, pool.map(seeded_tensor, weights, weights.values()), strict=True))
+            sums = list(pool.map(lambda x: x.sum(dtype=np.float64), tensors.values()))
+            abs_sums = list(pool.map(lambda x: np.abs(x).sum(dtype=np.float64), tensors.values()))
+        np.testing.assert_allclose(sum(sums), self.info["weights"]["sum"], rtol=1e-9)
+        np.testing.assert_allclose(sum(abs_sums), self.info["weights"]["abs_sum"], rtol=1e-9)
+        grid = self.options["image_size"] // self.options["patch_size"]
+        tables = {k: s.shape[-1] for k, s in shapes.items() if k.endswith("pos_embed")}
+        return tensors | {k: position_table(width, grid)[None] for k, width in tables.items()}
+
     @cached_property
     def params(self) -> dict:
-        options = {k: v for k, v in self.options.items() if k != "image_size"}
-        params, total, magnitude = seeded_weights(tuple(sorted(options.items())))
-        np.testing.assert_allclose(total, self.info["weights"]["sum"], rtol=1e-9)
-        np.testing.assert_allclose(magnitude, self.info["weights"]["abs_sum"], rtol=1e-9)
-        return params
+        return from_torch(self.tensors(), patch_size=self.options["patch_size"])
 
     @cached_property
     def batch(self) -> NoisyBatch:

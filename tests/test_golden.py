@@ -2,6 +2,10 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ from maskdit_jax.training.state import init_params, update_ema
 
 SMALL = ["maskdit_s2_32", "maskdit_b4_uncond", "dit_s2_nodecoder"]
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("maskdit_xl2_32", "maskdit_xl2_64")]
+ROOT = Path(__file__).parent.parent
 
 
 @functools.cache
@@ -54,8 +59,18 @@ def as_torch(name: str, params: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", SMALL + LARGE)
+def test_published_layout_through_the_public_api(name):
+    """Torch tensors → import → load → outputs, losses, guided samples; see the script."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    script = [sys.executable, ROOT / "tests" / "golden_through_import.py", name]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_outputs_and_losses(name):
-    """Denoised images with and without mask, guided ones, and each loss, from the golden weights."""
+    """Denoised images with and without mask, and each loss, from the golden weights."""
     c = case(name)
     options = {"patch_size": c.options["patch_size"], "sigma_data": 0.5, "mae_coef": c.mae_coef}
 

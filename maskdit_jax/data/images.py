@@ -21,9 +21,8 @@ def tile(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     return np.pad(grid, [(0, gap), (0, gap), (0, 0)], constant_values=128)
 
 
-def save_png(path: Path, image: np.ndarray, enlarge: int = 1) -> None:
-    """Write image [H, W, 1 or 3] uint8 as a PNG, each pixel `enlarge` pixels wide."""
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write image [H, W, 1 or 3] uint8 as a PNG."""
     from PIL import Image  # sampling to npz needs no Pillow
 
-    image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)

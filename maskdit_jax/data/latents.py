@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdit_jax.errors import UserError
+from maskdit_jax.files import appears_whole
 
 METADATA = "metadata.json"
 
@@ -94,6 +95,5 @@ def write_shards(
         "shards": shards,
     }
     # Last and in one rename, so that a folder with metadata is a complete one.
-    partial = path / (METADATA + ".tmp")
-    partial.write_text(json.dumps(metadata, indent=1))
-    partial.rename(path / METADATA)
+    with appears_whole(path / METADATA) as partial:
+        partial.write_text(json.dumps(metadata, indent=1))

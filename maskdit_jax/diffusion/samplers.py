@@ -92,7 +92,7 @@ class SamplerOptions:
     rho: float = 7.0
     S_churn: float = 0.0
     S_min: float = 0.0
-    S_max: float = math.inf
+    S_max: float = 1e9
     S_noise: float = 1.0
 
 
@@ -102,8 +102,12 @@ def generate(
     labels: jax.Array,
     image_shape: tuple[int, int, int],
     options: SamplerOptions,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
-    """Samples [B, H, W, C] float32 for seeds [B] and labels [B]; each draw is from the image's own seed."""
+    """Samples [B, H, W, C] float32 for seeds [B] and labels [B]; each draw is from the image's own seed.
+
+    noise [B, H, W, C], unit normal, takes the place of the first draw.
+    """
 
     def draw(step):
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
@@ -111,7 +115,7 @@ def generate(
 
     return integrate(
         guide(denoise, options.cfg_scale, options.guidance_interval),
-        draw(0),
+        draw(0) if noise is None else noise,
         labels,
         sigma_grid(options.num_steps, options.sigma_min, options.sigma_max, options.rho),
         solver=options.solver,

@@ -12,8 +12,9 @@ from maskdit_jax.api import Model, load
 from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
+from maskdit_jax.files import appears_whole
 from maskdit_jax.training.checkpoint import FOLDER, open_run
-from maskdit_jax.training.report import PREVIEW_ENLARGE, sample_grid
+from maskdit_jax.training.report import sample_grid
 
 log = logging.getLogger("maskdit_jax")
 
@@ -35,7 +36,7 @@ def finish(workdir: Path) -> None:
     grid_is_new = grid_file.exists() and grid_file.stat().st_mtime >= saved_at
     if not grid_is_new or (wanted and card.get("step") != step):
         model = load(workdir)
-        save_png(grid_file, sample_grid(model), PREVIEW_ENLARGE)
+        save_png(grid_file, sample_grid(model))
         if wanted:
             card = {
                 "step": step,
@@ -43,9 +44,8 @@ def finish(workdir: Path) -> None:
                 "training_s": meta["seconds"],
                 "training_images_per_s": meta["items_consumed"] / meta["seconds"],
             }
-            partial = card_file.with_suffix(".tmp")
-            partial.write_text(json.dumps(card, indent=1))
-            partial.rename(card_file)
+            with appears_whole(card_file) as partial:
+                partial.write_text(json.dumps(card, indent=1))
     if card:
         log.info(describe_card(card))
     log.info(

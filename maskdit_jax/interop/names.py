@@ -77,13 +77,13 @@ def read_options(shapes: Shapes) -> dict[str, Any]:
     return options
 
 
-def size_name(options: dict[str, Any]) -> str | None:
-    """The name of a published size, such as "MaskDiT-XL/2" ("DiT-XL/2" without decoder); None for others."""
+def model_name(options: dict[str, Any]) -> str:
+    """Such as "MaskDiT-XL/2", or "DiT-XL/2" without decoder; for other sizes the numbers in words."""
     family = "MaskDiT" if options["use_decoder"] else "DiT"
     for size, (depth, hidden_size, _) in SIZES.items():
         if (depth, hidden_size) == (options["depth"], options["hidden_size"]):
             return f"{family}-{size}/{options['patch_size']}"
-    return None
+    return f"{family} of {options['depth']} blocks of width {options['hidden_size']}"
 
 
 def to_torch(params: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
@@ -198,8 +198,8 @@ _AUTOENCODER_ALIASES = [
 ]
 
 
-def rename_autoencoder(tensors: dict[str, Any]) -> dict[str, Any]:
-    """An autoencoder's tensors under the keys that diffusers gives them today."""
+def rename_autoencoder(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An autoencoder's tensors as diffusers stores them today."""
     levels = _count(tensors, "decoder.up.")
 
     def rename(key: str) -> str:
@@ -209,11 +209,19 @@ def rename_autoencoder(tensors: dict[str, Any]) -> dict[str, Any]:
             key = re.sub(alias, name, key)
         return key
 
-    return {rename(key): value for key, value in tensors.items()}
+    renamed = {}
+    for key, value in tensors.items():
+        name = rename(key)
+        if name in renamed:
+            raise ValueError(f"{key} is there twice, under two names")
+        # The linear maps of CompVis' attention are 1×1 convolutions.
+        is_map = ".attentions." in name and value.shape[2:] == (1, 1)
+        renamed[name] = value[:, :, 0, 0] if is_map else value
+    return renamed
 
 
 def read_autoencoder_options(shapes: Shapes) -> dict[str, Any]:
-    """Options of the `AutoencoderKL` whose tensors, under diffusers' keys, have these shapes.
+    """Options of the `AutoencoderKL` whose tensors, as diffusers stores them, have these shapes.
 
     Raises:
       KeyError: a tensor that decides is missing.
@@ -229,20 +237,29 @@ def read_autoencoder_options(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def autoencoder_to_torch(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Tensors, as diffusers stores them, of parameters of `AutoencoderKL`."""
+    tensors = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            tensors |= autoencoder_to_torch(value, f"{prefix}{name}.")
+        elif name == "kernel":
+            tensors[f"{prefix}weight"] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        else:
+            tensors[f"{prefix}{'weight' if name == 'scale' else name}"] = value
+    return tensors
+
+
 def autoencoder_from_torch(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Parameters of `AutoencoderKL` from its tensors under diffusers' keys."""
+    """Parameters of `AutoencoderKL` from its tensors as diffusers stores them."""
     params: dict[str, Any] = {}
     for key, value in tensors.items():
-        *parents, kind = key.split(".")
+        *parents, name = key.split(".")
+        if name == "weight":
+            name = "scale" if value.ndim == 1 else "kernel"
+            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
         node = params
-        for name in parents:
-            node = node.setdefault(int(name) if name.isdecimal() else name, {})
-        if ".attentions." in key and value.ndim == 4:  # CompVis' linear maps are 1×1 convolutions
-            value = value[:, :, 0, 0]
-        if kind == "weight" and value.ndim == 4:
-            node["kernel"] = value.transpose(2, 3, 1, 0)
-        elif kind == "weight" and value.ndim == 2:
-            node["kernel"] = value.T
-        else:
-            node["scale" if kind == "weight" else kind] = value
+        for parent in parents:
+            node = node.setdefault(int(parent) if parent.isdecimal() else parent, {})
+        node[name] = value
     return params

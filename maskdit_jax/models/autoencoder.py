@@ -6,7 +6,6 @@ Modules are named as in diffusers' AutoencoderKL, the layout its weights are pub
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from maskdit_jax.models.blocks import attend

@@ -10,6 +10,8 @@ from maskdit_jax.errors import UserError
 from maskdit_jax.training.state import Params, TrainState
 
 FOLDER = "checkpoints"
+# The two sets of weights by the names of the flags, and the items that hold them.
+WEIGHTS = {"ema": "ema_params", "params": "params"}
 _ARRAYS = ("params", "ema_params", "opt_state")
 
 
@@ -17,7 +19,8 @@ class Checkpoints:
     """The checkpoints under `workdir/checkpoints`, one folder per step.
 
     A step holds the items params, ema_params, opt_state, counters and meta (JSON: configuration,
-    items consumed, seconds trained). It appears in one rename, when all of it is on disk.
+    items consumed, seconds trained). It appears in one rename, when all of it is on disk. An import
+    holds no training state, but weights and meta alone, and says so in meta["imported_from"].
     """
 
     def __init__(self, workdir: str | Path, keep: int | None = None):
@@ -47,6 +50,11 @@ class Checkpoints:
             ),
         )
 
+    def save_weights(self, step: int, weights: dict[str, Params], meta: dict[str, Any]) -> None:
+        """Start to write a step that holds weights only: `params`, `ema_params` or both."""
+        items = {name: ocp.args.StandardSave(params) for name, params in weights.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+
     def restore(self, shapes: TrainState) -> TrainState:
         """The newest state, placed as the ShapeDtypeStructs of `shapes` say."""
         counters = {
@@ -61,10 +69,19 @@ class Checkpoints:
         )
         return TrainState(**{name: items[name] for name in _ARRAYS}, **items["counters"])
 
-    def restore_weights(self, item: str, shapes: Params) -> Params:
-        """The newest `params` or `ema_params` alone."""
+    def restore_weights(self, item: str, shapes: Params, step: int | None = None) -> Params:
+        """`params` or `ema_params` alone, of the newest step or of `step`; one set stands for both.
+
+        Raises:
+          UserError: the step is no longer there.
+        """
+        step = self.latest_step if step is None else step
+        if step not in self._manager.all_steps():
+            raise UserError(f"{self.folder} no longer holds step {step:,}; newest: {self.latest_step:,}")
+        if not (self.folder / str(step) / item).is_dir():
+            (item,) = (name for name in WEIGHTS.values() if name != item)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)})
-        return self._manager.restore(self.latest_step, args=args)[item]
+        return self._manager.restore(step, args=args)[item]
 
     def meta(self) -> dict[str, Any]:
         """What the newest step says of itself."""

@@ -8,6 +8,7 @@ import jax
 
 from maskdit_jax.api import Model
 from maskdit_jax.config import ConfigDict
+from maskdit_jax.data.autoencoder import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.errors import UserError
@@ -35,6 +36,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         num_classes=config.model.num_classes,
     )
     training = build(config)
+    # Opened now, so that a wrong folder stops the run before it begins.
+    autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     state, items, seconds = _begin(config, training, checkpoints)
     step = first_step = int(state.step)
@@ -86,7 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 if step == steps or (checkpoint_due and not arrived[-1]["nonfinite_in_row"]):
                     save()
                 if preview_due:
-                    model = Model(config, state.ema_params, training.mesh)
+                    model = Model(config, state.ema_params, training.mesh, autoencoder=autoencoder)
                     log.info(f"preview: {reporter.grid(step, sample_grid(model))}")
     finally:
         checkpoints.close()
@@ -97,6 +100,11 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     """State, items consumed and seconds trained: of the newest checkpoint, of another run, or fresh."""
     if checkpoints.latest_step is not None:
         meta = checkpoints.meta()
+        if "imported_from" in meta:
+            raise UserError(
+                f"{checkpoints.folder.parent} holds imported weights, not a run to continue: train in a new "
+                f"folder with --config.init_from={checkpoints.folder.parent}"
+            )
         check_same_model(ConfigDict(meta["config"]), config, str(checkpoints.folder))
         state = checkpoints.restore(training.state_shapes)
         log.info(f"resumed at step {int(state.step):,} from {checkpoints.folder}")

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Arrays smaller than this are kept whole on every device: gathering them costs more than it saves.
@@ -18,6 +19,11 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Items of a batch over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def repeat_to(x: np.ndarray | jax.Array, count: int) -> np.ndarray | jax.Array:
+    """`count` items: those of x [n, …], then its first ones again; so that devices divide a batch."""
+    return x if len(x) == count else x[np.arange(count) % len(x)]
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

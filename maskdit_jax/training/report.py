@@ -21,7 +21,8 @@ log = logging.getLogger("maskdit_jax")
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
 IN_FLIGHT = 2
-PREVIEW_ENLARGE = 4
+# Images of fewer pixels than this per side are shown enlarged.
+SMALL_IMAGE, PREVIEW_ENLARGE = 64, 4
 
 
 def log_to_stdout() -> None:
@@ -112,7 +113,7 @@ class Reporter:
         folder = self._workdir / "previews"
         folder.mkdir(exist_ok=True)
         path = folder / f"step_{step:08d}.png"
-        save_png(path, grid, PREVIEW_ENLARGE)
+        save_png(path, grid)
         if self._writer:
             self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
         return path
@@ -134,13 +135,15 @@ class Reporter:
 
 
 def sample_grid(model: Model) -> np.ndarray:
-    """Grid [H, W, 1 or 3] uint8 of samples of the EMA, a row for each class; of latents three channels."""
+    """Grid [H, W, 1 or 3] uint8 of samples, a row for each class; of latents three channels."""
     report, num_classes = model.config.report, model.config.model.num_classes
     columns = report.preview_columns
     rows = min(report.preview_rows, num_classes or report.preview_rows)
     labels = np.repeat(np.arange(rows), columns) if num_classes else None
     images = model.sample(np.arange(rows * columns), labels, batch_size=rows * columns)
-    return tile(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
+    grid = tile(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
+    enlarge = PREVIEW_ENLARGE if images.shape[1] < SMALL_IMAGE else 1
+    return grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
 
 
 def _tensorboard_writer(folder: Path):

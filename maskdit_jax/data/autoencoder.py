@@ -1,0 +1,155 @@
+"""The autoencoder between images and latents: read from its published files, run over all devices."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maskdit_jax.errors import UserError
+from maskdit_jax.interop.names import (
+    autoencoder_from_torch,
+    autoencoder_to_torch,
+    read_autoencoder_options,
+    rename_autoencoder,
+)
+from maskdit_jax.interop.torch_io import as_float32, check_shapes, read_file, shapes_of
+from maskdit_jax.models.autoencoder import AutoencoderKL
+from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, repeat_to
+from maskdit_jax.training.state import Params
+
+# Pixels that a device works on at a time; an image more than these is a batch of its own.
+PIXELS_AT_ONCE = 4 * 512**2
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What AutoencoderKL can be configured to, and this one always is.
+_FIXED = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None}
+
+
+class AutoencoderFile(NamedTuple):
+    """options: arguments of `AutoencoderKL`; latent_scale: what its latents are published to be scaled by."""
+
+    options: dict[str, Any]
+    params: Params
+    latent_scale: float
+
+
+def load_autoencoder(path: str | Path, precision: str = "float32") -> "Autoencoder":
+    """The Stable Diffusion autoencoder from a diffusers folder or a file such as autoencoder_kl.pth.
+
+    Its sums are float32; with a `precision` other than float32 its products are tf32 on a GPU.
+
+    Raises:
+      UserError: nothing there (the message names the public ones), or it is another network.
+    """
+    return Autoencoder(_read(path), precision)
+
+
+class Autoencoder:
+    """Images ↔ moments and raw latents, over all devices, a few images at a time on each.
+
+    factor: an image has `factor` times as many pixels per side as its latents.
+    """
+
+    def __init__(self, file: AutoencoderFile, precision: str = "float32"):
+        matmul_precision = PRECISIONS["float32" if precision == "float32" else "tf32"][1]
+        network = nnx.eval_shape(
+            lambda: AutoencoderKL(**file.options, matmul_precision=matmul_precision, rngs=nnx.Rngs(0))
+        )
+        self._graphdef = nnx.split(network)[0]
+        self.mesh = make_mesh(jax.device_count(), 1)
+        self.params = jax.device_put(file.params, NamedSharding(self.mesh, PartitionSpec()))
+        self.latent_scale, self.channels = file.latent_scale, file.options["latent_channels"]
+        self.factor = 2 ** (len(file.options["block_out_channels"]) - 1)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Moments [n, H/f, W/f, 2C] (mean, log-variance), not scaled, of images [n, H, W, 3] in [-1, 1]."""
+        height, width = images.shape[1:3]
+        if height % self.factor or width % self.factor:
+            raise UserError(f"images of {height}×{width} pixels: both sides must divide by {self.factor}")
+        return self._apply("encode", images, height * width)
+
+    def decode(self, raw_latents: jax.Array) -> jax.Array:
+        """Images [n, H, W, 3], about [-1, 1], of raw latents [n, H/f, W/f, C]: latents / latent_scale."""
+        height, width = raw_latents.shape[1:3]
+        return self._apply("decode", raw_latents, height * width * self.factor**2)
+
+    def _apply(self, method: str, x: jax.Array, pixels: int) -> jax.Array:
+        devices, count = self.mesh.size, len(x)
+        filled = repeat_to(x, -(-count // devices) * devices)
+        out = _apply_in_chunks(
+            self.params,
+            jax.device_put(filled, batch_sharding(self.mesh)),
+            graphdef=self._graphdef,
+            method=method,
+            at_once=max(PIXELS_AT_ONCE // pixels, 1),
+            mesh=self.mesh,
+        )
+        return out[:count]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "method", "at_once", "mesh"))
+def _apply_in_chunks(params, x, *, graphdef, method, at_once, mesh):
+    def on_one_device(params, x):
+        network, count = nnx.merge(graphdef, params), len(x)
+        size = max(n for n in range(1, at_once + 1) if count % n == 0)
+        chunks = x.reshape(count // size, size, *x.shape[1:])
+        out = jax.lax.map(getattr(network, method), chunks)
+        return out.reshape(count, *out.shape[2:])
+
+    batch, whole = batch_sharding(mesh).spec, PartitionSpec()
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(whole, batch), out_specs=batch)(params, x)
+
+
+def _read(path: str | Path) -> AutoencoderFile:
+    path = Path(path)
+    if path.is_file():
+        weights, config = path, {}
+    else:
+        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if weights is None or not (path / CONFIG).is_file():
+            raise UserError(
+                f"no autoencoder in {path}: expected {CONFIG} and {WEIGHTS[0]}, as in the public models "
+                "stabilityai/sd-vae-ft-ema and stabilityai/sd-vae-ft-mse (hf download "
+                f"stabilityai/sd-vae-ft-ema --local-dir {path}), or a file such as autoencoder_kl.pth"
+            )
+        config = _read_config(path / CONFIG)
+    content = read_file(weights)
+    content = content.get("state_dict", content)
+    shapes_of(content, str(weights), weights.stat().st_size)
+    try:
+        tensors = rename_autoencoder(as_float32(content, str(weights)))
+        options = read_autoencoder_options({name: x.shape for name, x in tensors.items()})
+    except KeyError as error:
+        raise UserError(f"{weights} is no AutoencoderKL: it has no {error.args[0]}") from None
+    except ValueError as error:
+        raise UserError(f"{weights} is no AutoencoderKL: {error}") from None
+    options["norm_num_groups"] = groups = config.get("norm_num_groups", 32)
+    if not isinstance(groups, int) or groups < 1 or any(w % groups for w in options["block_out_channels"]):
+        raise UserError(
+            f"{weights}: norm_num_groups={groups} must divide the widths {options['block_out_channels']}"
+        )
+    network = nnx.eval_shape(lambda: AutoencoderKL(**options, rngs=nnx.Rngs(0)))
+    expected = autoencoder_to_torch(nnx.to_pure_dict(nnx.split(network)[1]))
+    check_shapes(
+        {name: x.shape for name, x in tensors.items()},
+        {name: x.shape for name, x in expected.items()},
+        str(weights),
+        "AutoencoderKL",
+    )
+    return AutoencoderFile(options, autoencoder_from_torch(tensors), config.get("scaling_factor", 0.18215))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{file}: {name}={config[name]!r} is not supported, only {value!r}")
+    return config
