@@ -329,11 +329,3 @@ def test_png_holds_the_pixels(channels, mode, tmp_path):
     with Image.open(tmp_path / "image.png") as png:
         assert png.mode == mode
         np.testing.assert_array_equal(np.asarray(png).reshape(image.shape), image)
-
-
-def test_enlarged_png_repeats_each_pixel(tmp_path):
-    image = np.array([[[10], [20]], [[30], [40]]], np.uint8)
-    save_png(tmp_path / "image.png", image, enlarge=2)
-    with Image.open(tmp_path / "image.png") as png:
-        pixels = np.asarray(png)
-    assert pixels.tolist() == [[10, 10, 20, 20]] * 2 + [[30, 30, 40, 40]] * 2

@@ -133,8 +133,12 @@ def _read(path: str | Path) -> AutoencoderFile:
         raise UserError(
             f"{weights}: norm_num_groups={groups} must divide the widths {options['block_out_channels']}"
         )
-    network = nnx.eval_shape(lambda: AutoencoderKL(**options, rngs=nnx.Rngs(0)))
-    expected = autoencoder_to_torch(nnx.to_pure_dict(nnx.split(network)[1]))
+
+    def expected_tensors():
+        params = nnx.to_pure_dict(nnx.split(AutoencoderKL(**options, rngs=nnx.Rngs(0)))[1])
+        return autoencoder_to_torch(params)
+
+    expected = jax.eval_shape(expected_tensors)
     check_shapes(
         {name: x.shape for name, x in tensors.items()},
         {name: x.shape for name, x in expected.items()},

@@ -83,7 +83,8 @@ def import_torch(
         content = read_file(path)
         num_bytes, beside = path.stat().st_size, _read_config(path)
     sets = _weight_sets(content, where, beside.get("weights", "ema"))
-    shapes = {name: shapes_of(tensors, f"{where}{_of(name)}", num_bytes) for name, tensors in sets.items()}
+    places = {name: f"{where}{' (EMA)' if len(sets) == 2 and name == 'ema' else ''}" for name in sets}
+    shapes = {name: shapes_of(tensors, places[name], num_bytes) for name, tensors in sets.items()}
     options = _read_checked_options(next(iter(shapes.values())), where)
     _compare_with_expected(options, where, model=model, image_size=image_size, num_classes=num_classes)
     options |= _read_heads(options, where, beside, num_heads, decoder_num_heads)
@@ -98,10 +99,10 @@ def import_torch(
 
     expected_shapes = {key: tuple(x.shape) for key, x in jax.eval_shape(expected).items()}
     for name, found in shapes.items():
-        check_shapes(found, expected_shapes, f"{where}{_of(name)}", _describe(options))
+        check_shapes(found, expected_shapes, places[name], _describe(options))
     params = {}
     for name, tensors in sets.items():
-        arrays = as_float32(tensors, f"{where}{_of(name)}")
+        arrays = as_float32(tensors, places[name])
         params[WEIGHTS[name]] = from_torch(arrays, patch_size=options["patch_size"])
         half = str(tensors["model.pos_embed"].dtype).endswith("float16")
         _check_position_tables(arrays, params[WEIGHTS[name]], options, where, 2**-8 if half else 1e-6)
@@ -133,10 +134,6 @@ def _weight_sets(content: Mapping[str, Any], where: str, single: str) -> dict[st
     if not content:
         raise UserError(f"{where} holds no tensors")
     return {single: content}
-
-
-def _of(name: str) -> str:
-    return " (EMA)" if name == "ema" else ""
 
 
 def _read_checked_options(shapes: Shapes, where: str) -> dict[str, Any]:

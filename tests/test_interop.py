@@ -1,0 +1,450 @@
+"""PyTorch weights in and out: bit-exact round trips, strict and safe reading, the exported file in torch."""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors.numpy import load_file, save_file
+from torch_maskdit import Denoiser
+
+from maskdit_jax import UserError, export_torch, import_torch, load, main
+from maskdit_jax.interop.exchange import CARD, CONFIG
+from maskdit_jax.interop.names import to_torch
+from maskdit_jax.models.maskdit import SIZES
+from maskdit_jax.training.checkpoint import open_run
+from maskdit_jax.training.state import init_params
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"channels": 1, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 8}
+SMALL |= {"num_classes": 10, "decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+HEADS = {"num_heads": 4, "decoder_num_heads": 2}
+PLAIN_DIT = {"use_decoder": False, "use_mask_token": False}
+VARIANTS = [{"num_classes": 0}, {"use_mask_token": False}, PLAIN_DIT, PLAIN_DIT | {"num_classes": 0}]
+
+
+def random_tensors(options: dict, seed: int = 0) -> dict[str, np.ndarray]:
+    """Torch tensors of a network, all random but for the position tables."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(options, 0))
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
+    tensors = to_torch(params, image_size=options["image_size"], patch_size=options["patch_size"])
+    return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    return random_tensors(SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _messages(caplog):
+    log = logging.getLogger("maskdit_jax")
+    before = log.handlers, log.propagate
+    log.handlers, log.propagate = [], True
+    caplog.set_level(logging.INFO, "maskdit_jax")
+    yield
+    log.handlers, log.propagate = before
+
+
+def assert_same_tensors(actual, expected) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == np.float32
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("size", "variant"),
+    [(f"{size}/{patch}", {}) for size, patch in itertools.product(SIZES, (2, 4, 8))]
+    + [("S/2", variant) for variant in VARIANTS],
+    ids=str,
+)
+def test_export_import_export_is_byte_identical(size, variant, tmp_path):
+    """Every width, number of heads and patch size, with the stacks cut short."""
+    name, patch = size.split("/")
+    _, width, heads = SIZES[name]
+    # Two blocks, so that their order counts; of the large ones one, for time.
+    options = {"channels": 4, "patch_size": int(patch), "hidden_size": width, "num_heads": heads}
+    options |= {"image_size": 32, "num_classes": 100, "depth": 1 if width > 800 else 2, "decoder_depth": 2}
+    options |= variant
+    original = random_tensors(options)
+    import_torch(original, tmp_path / "1", image_size=32, num_classes=options["num_classes"], num_heads=heads)
+    export_torch(load(tmp_path / "1"), tmp_path / "first/model.safetensors")
+    import_torch(tmp_path / "first/model.safetensors", tmp_path / "2")
+    export_torch(load(tmp_path / "2"), tmp_path / "second/model.safetensors")
+    first, second = (tmp_path / f / "model.safetensors" for f in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    for beside in (CARD, CONFIG):
+        assert (first.parent / beside).read_bytes() == (second.parent / beside).read_bytes()
+    assert_same_tensors(load_file(first), original)
+
+
+def test_pt_file_keeps_raw_weights_and_ema_apart(tensors, tmp_path):
+    ema = random_tensors(SMALL, seed=1)
+    as_torch = {
+        name: {k: torch.tensor(v) for k, v in w.items()} for name, w in (("model", tensors), ("ema", ema))
+    }
+    torch.save(as_torch | {"opt": {"lr": 0.1}, "args": argparse.Namespace(batch=2)}, tmp_path / "in.pt")
+    import_torch(tmp_path / "in.pt", tmp_path / "imported", **HEADS)
+    for folder in ("first", "second"):
+        export_torch(load(tmp_path / "imported"), tmp_path / folder / "out.pt")
+        import_torch(tmp_path / folder / "out.pt", tmp_path / f"imported from {folder}")
+    assert (tmp_path / "first/out.pt").read_bytes() == (tmp_path / "second/out.pt").read_bytes()
+    written = torch.load(tmp_path / "first/out.pt", weights_only=True)
+    assert list(written) == ["model", "ema"]
+    for name, expected in (("model", tensors), ("ema", ema)):
+        assert_same_tensors({k: v.numpy() for k, v in written[name].items()}, expected)
+    for weights, expected in (("params", tensors), ("ema", ema)):
+        model = load(tmp_path / "imported from second", weights)
+        export_torch(model, tmp_path / weights / "out.safetensors")
+        assert_same_tensors(load_file(tmp_path / weights / "out.safetensors"), expected)
+
+
+def test_one_set_stands_for_raw_weights_and_ema(tensors, tmp_path):
+    import_torch({k: torch.tensor(v) for k, v in tensors.items()}, tmp_path / "imported", **HEADS)
+    for weights in ("ema", "params"):
+        export_torch(load(tmp_path / "imported", weights), tmp_path / weights / "out.safetensors")
+        assert_same_tensors(safetensors.numpy.load_file(tmp_path / weights / "out.safetensors"), tensors)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run of the digits recipe whose sigma_data, like digits', is not the published one."""
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    flags = """
+        training.num_steps=3 training.batch_size=16 training.ema_decay=0.5 optimizer.warmup_kimg=0
+        model.hidden_size=32 model.depth=1 model.num_heads=2 model.decoder_hidden_size=16
+        model.decoder_depth=1 model.decoder_num_heads=2 sampling.num_steps=2
+        report.preview_columns=1 report.tensorboard=false evaluation.num_samples=0
+    """
+    overrides = [f"--config.{flag}" for flag in flags.split()]
+    main.main([f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *overrides])
+    return workdir
+
+
+def tool(name: str, *flags: str, largest_file_kb: str = "unlimited") -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    limited = ["bash", "-c", f'ulimit -f {largest_file_kb} && exec "$@"', "bash"]
+    script = [*limited, sys.executable, ROOT / "tools" / f"{name}.py", *flags]
+    return subprocess.run(script, env=environment, capture_output=True, text=True)
+
+
+def test_exported_run_in_plain_torch(run, tmp_path):
+    """The tool's .pt file loads strictly into torch layers, which denoise as our model does."""
+    done = tool("export_pytorch", f"--workdir={run}", f"--out={tmp_path / 'out/digits.pt'}")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"exported MaskDiT of 1 blocks .* of step 3 to .*compared\n", done.stdout), (
+        done.stdout
+    )
+    weights = torch.load(tmp_path / "out/digits.pt", weights_only=True)
+    card, config = ((tmp_path / "out" / name).read_text() for name in (CARD, CONFIG))
+    assert "sigma_data = 0.75" in card
+    assert "training step 3" in card
+    assert json.loads(config)["config"]["diffusion"]["sigma_data"] == 0.75
+
+    rng = np.random.default_rng(0)
+    x, sigma = rng.standard_normal((4, 8, 8, 1), np.float32), np.array([0.05, 0.4, 2, 30], np.float32)
+    labels = np.array([3, -1, 0, 9])
+    one_hot = torch.from_numpy((labels[:, None] == np.arange(10)).astype(np.float32))
+    difference = {}
+    for name, ours in (("ema", "ema"), ("model", "params")):
+        denoiser = Denoiser(
+            0.75,
+            image_size=8,
+            channels=1,
+            patch_size=2,
+            width=32,
+            depth=1,
+            heads=2,
+            num_classes=10,
+            decoder=(16, 1, 2),
+            mask_token=True,
+        )
+        denoiser.load_state_dict(weights[name], strict=True)
+        with torch.no_grad():
+            theirs = denoiser(torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(sigma), one_hot)
+        denoised = np.asarray(load(run, ours)(jnp.asarray(x), jnp.asarray(sigma), jnp.asarray(labels)))
+        np.testing.assert_allclose(theirs.permute(0, 2, 3, 1), denoised, rtol=1e-4, atol=1e-4)
+        difference[name] = denoised
+    assert np.abs(difference["ema"] - difference["model"]).max() > 1e-3
+
+
+def test_imported_run_goes_on_like_a_run(run, tmp_path):
+    """Export by the tool, import by the tool: the same samples, and a run starts from it, saying how."""
+    out = tmp_path / "out/digits.safetensors"
+    assert tool("export_pytorch", f"--workdir={run}", f"--out={out}").returncode == 0
+    done = tool("import_pytorch", f"--input={out}", f"--out={tmp_path / 'imported'}", "--num_classes=10")
+    assert done.returncode == 0, done.stderr
+    assert "starts a fresh optimizer" in done.stdout
+    expected, model = load(run), load(tmp_path / "imported")
+    np.testing.assert_array_equal(model.sample([1, 2, 3]), expected.sample([1, 2, 3]))
+
+    config = expected.config.to_dict()
+    flags = [
+        f"--config.{section}.{name}={value}"
+        for section in ("model", "training", "optimizer", "sampling", "report", "evaluation")
+        for name, value in config[section].items()
+    ]
+    start = ["--config.training.num_steps=1", "--config.optimizer.learning_rate=1e-9"]
+    start += [f"--config={ROOT / 'configs/digits.py'}", f"--config.init_from={tmp_path / 'imported'}"]
+    main.main([f"--workdir={tmp_path / 'tuned'}", *flags, *start])
+    for tuned, imported in zip(
+        jax.tree.leaves(load(tmp_path / "tuned", "params").params), jax.tree.leaves(model.params), strict=True
+    ):
+        np.testing.assert_allclose(tuned, imported, rtol=0, atol=1e-8)
+
+    before = files(tmp_path / "imported")
+    with pytest.raises(SystemExit):  # an import is not a run that could be continued
+        main.main([f"--workdir={tmp_path / 'imported'}", *flags, start[2]])
+    assert files(tmp_path / "imported") == before
+
+
+def test_what_is_in_the_way_stays(run, tensors, tmp_path):
+    for name in ("model.safetensors", CARD, CONFIG):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match="exists already"):
+            export_torch(load(run), folder / "model.safetensors")
+        assert files(folder) == [name]
+        assert (folder / name).read_text() == "mine"
+        with pytest.raises(UserError, match="not an empty folder"):
+            import_torch(tensors, folder, **HEADS)
+    with pytest.raises(UserError, match=r"\.safetensors or \.pt"):
+        export_torch(load(run), tmp_path / "x.onnx")
+
+
+def test_config_of_another_file_is_not_used(run, tmp_path):
+    export_torch(load(run), tmp_path / "out/model.safetensors")
+    (tmp_path / "out/model.safetensors").rename(tmp_path / "out/other.safetensors")
+    with pytest.raises(UserError, match=r"1 blocks of width 32.*tensors do not tell num_heads"):
+        import_torch(tmp_path / "out/other.safetensors", tmp_path / "imported")
+
+
+# What the tensors themselves can have wrong, and what the message must say.
+def _wrong_shape(t):
+    t["model.blocks.1.attn.qkv.weight"] = t["model.blocks.1.attn.qkv.weight"][:-1]
+
+
+def _missing(t):
+    for name in [n for n in t if n.startswith("model.blocks.0.")] + ["model.t_embedder.mlp.0.bias"]:
+        del t[name]
+
+
+def _three_at_once(t):
+    _wrong_shape(t)
+    del t["model.mask_token"], t["model.final_layer.linear.bias"]
+    t["model.cls_token"] = np.zeros((1, 1, 32), np.float32)
+
+
+CHANGES = {
+    "missing": (_missing, ["11 missing: ", "model.blocks.0.attn.qkv.weight", "…"]),
+    "unexpected": (
+        lambda t: t.update({"model.feat_embedder.weight": np.zeros((32, 16), np.float32)}),
+        ["1 unexpected: model.feat_embedder.weight"],
+    ),
+    "number of a block": (
+        lambda t: t.update({"model.blocks.9999999999.x": np.zeros(1, np.float32)}),
+        ["1 unexpected: model.blocks.9999999999.x"],
+    ),
+    "shape": (
+        _wrong_shape,
+        ["1 of another shape: model.blocks.1.attn.qkv.weight [95, 32] instead of [96, 32]"],
+    ),
+    "several": (_three_at_once, ["1 missing", "1 unexpected: model.cls_token", "1 of another shape"]),
+    "no patches": (lambda t: t.pop("model.x_embedder.proj.weight"), ["no model.x_embedder.proj.weight"]),
+    "no blocks": (
+        lambda t: [t.pop(n) for n in list(t) if n.startswith("model.blocks.")],
+        ["no model.blocks.0"],
+    ),
+    "rank": (
+        lambda t: t.update({"model.x_embedder.proj.weight": np.zeros((32, 4), np.float32)}),
+        ["x_embedder.proj.weight", "expected 4 dimensions"],
+    ),
+    "class token": (
+        lambda t: t.update({"model.pos_embed": np.zeros((1, 17, 32), np.float32)}),
+        ["17 positions", "class tokens are not supported"],
+    ),
+    "learned positions": (
+        lambda t: t.update({"model.pos_embed": t["model.pos_embed"] + np.float32(0.01)}),
+        ["model.pos_embed is not the fixed sine-cosine table"],
+    ),
+    "integers": (
+        lambda t: t.update({"model.mask_token": np.zeros((1, 1, 16), np.int64)}),
+        ["1 tensor (model.mask_token (int64)) is neither float32"],
+    ),
+    "double": (lambda t: t.update({n: v.astype(np.float64) for n, v in t.items()}), ["float64", "…"]),
+    "no tensor": (lambda t: t.update({"model.mask_token": "here"}), ["model.mask_token (str)"]),
+    "sparse": (
+        lambda t: t.update({"model.mask_token": torch.zeros(1, 1, 16).to_sparse()}),
+        ["model.mask_token (torch.sparse_coo)"],
+    ),
+    "nothing": (lambda t: t.clear(), ["holds no tensors"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_do_not_fit_are_named(change, tensors, tmp_path):
+    spoil, expected = CHANGES[change]
+    spoilt = dict(tensors)
+    spoil(spoilt)
+    with pytest.raises(UserError) as refused:
+        import_torch(spoilt, tmp_path / "imported", **HEADS)
+    assert "\n" not in str(refused.value)
+    for part in expected:
+        assert part in str(refused.value)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"model": "MaskDiT-S/2"}, "model=MaskDiT-S/2 expected, MaskDiT of 2 blocks of width 32 found"),
+        ({"image_size": 32}, "image_size=32 expected, 8 found"),
+        ({"num_classes": 1000}, "num_classes=1000 expected, 10 found"),
+        ({"num_heads": 5}, "num_heads=5 does not divide the width 32"),
+    ],
+)
+def test_what_is_expected_is_compared_with_the_tensors(expected, message, tensors, tmp_path):
+    with pytest.raises(UserError, match=message):
+        import_torch(tensors, tmp_path / "imported", **HEADS | expected)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_half_precision_is_taken_and_said(dtype, kind, tensors, tmp_path, caplog):
+    file, number = tmp_path / f"half.{kind}", {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    if kind == "pt":
+        torch.save({k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in tensors.items()}, file)
+    else:
+        save_file({k: v.astype(number) for k, v in tensors.items()}, file)
+    import_torch(file, tmp_path / "imported", **HEADS)
+    assert f"is {dtype}: taken as float32" in caplog.text
+    export_torch(load(tmp_path / "imported"), tmp_path / "out/model.safetensors")
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        rounded = tensors[name] if name.endswith("pos_embed") else tensors[name].astype(number)
+        np.testing.assert_array_equal(value, rounded.astype(np.float32), err_msg=name)
+
+
+def test_nan_weights_are_taken_with_a_warning_that_names_them(tensors, tmp_path, caplog):
+    spoilt = tensors | {"model.mask_token": np.full((1, 1, 16), np.nan, np.float32)}
+    save_file(spoilt, tmp_path / "nan.safetensors")
+    import_torch(tmp_path / "nan.safetensors", tmp_path / "imported", **HEADS)
+    (warning,) = (r.message for r in caplog.records if r.levelno == logging.WARNING)
+    assert "1 tensor (model.mask_token) is not finite" in warning
+    export_torch(load(tmp_path / "imported"), tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["model.mask_token"], np.nan)
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def _truncated(tensors, path):
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _with_header(text: str, length: int | None = None):
+    def write(tensors, path):
+        header = text.encode()
+        path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(8))
+
+    return write
+
+
+def _truncated_pt(tensors, path):
+    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+_ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+_TERABYTE = '{"a":{"dtype":"F32","shape":[250000000000],"data_offsets":[0,1000000000000]}}'
+HOSTILE = {
+    "truncated.safetensors": (_truncated, "damaged or cut short"),
+    "empty.safetensors": (lambda t, path: path.write_bytes(b""), "damaged or cut short"),
+    "terabyte header.safetensors": (_with_header("{}", 10**12), "with a header of 1,000,000,000,000"),
+    "terabyte tensor.safetensors": (_with_header(_TERABYTE), "damaged or cut short"),
+    "twice.safetensors": (_with_header(f"{{{_ENTRY},{_ENTRY}}}"), r"1 tensor \(a\) is there twice"),
+    "no json.safetensors": (_with_header("hello"), "its header cannot be read"),
+    "deep.safetensors": (_with_header('{"a":' * 100_000), "its header cannot be read"),
+    "list.safetensors": (_with_header("[1]"), "its header cannot be read"),
+    "float8.safetensors": (_with_header(_ENTRY.join("{}").replace("F32", "F8_E4M3")), "F8_E4M3"),
+    "code.pt": (
+        lambda t, path: torch.save({"model": _RunsCode()}, path),
+        "it would call posix.system",
+    ),
+    "truncated.pt": (_truncated_pt, "damaged or not a PyTorch file"),
+    "text.pt": (lambda t, path: path.write_text("hello world"), "damaged or not a PyTorch file"),
+    "empty.pt": (lambda t, path: path.write_bytes(b""), "damaged or not a PyTorch file"),
+    "list.pt": (lambda t, path: torch.save([1, 2], path), "holds a list, expected tensors by name"),
+    "terabyte.pt": (
+        lambda t, path: torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, path),
+        "claims 4,000,000,000,000 bytes",
+    ),
+    "weights.onnx": (lambda t, path: path.write_bytes(b"x"), r"expected a file \.safetensors"),
+    "missing.pt": (lambda t, path: None, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_and_nothing_is_written(name, tensors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where code in the pickle would leave its mark
+    write, message = HOSTILE[name]
+    write(tensors, tmp_path / name)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=message) as refused:
+        import_torch(tmp_path / name, tmp_path / "imported", **HEADS)
+    assert "\n" not in str(refused.value)
+    assert name in str(refused.value)
+    assert files(tmp_path) == before
+
+
+def test_tool_refuses_in_one_line(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
+    done = tool("import_pytorch", f"--input={tmp_path / 'bad.safetensors'}", f"--out={tmp_path / 'imported'}")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*bad\.safetensors is damaged.*\n", done.stderr)
+    assert files(tmp_path) == ["bad.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_full_disk_leaves_nothing_behind(kind, run, tmp_path):
+    """No file may grow past 50 kB here, which the libraries see as they see a full disk."""
+    done = tool(
+        "export_pytorch",
+        f"--workdir={run}",
+        f"--out={tmp_path / 'out' / f'model.{kind}'}",
+        largest_file_kb="50",
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: .*model\.\w+ could not be written: .*\n", done.stderr), done.stderr
+    assert files(tmp_path) == ["out"]
+
+
+def test_import_says_where_it_is_from(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    import_torch(tmp_path / "model.safetensors", tmp_path / "imported", **HEADS)
+    checkpoints, _ = open_run(tmp_path / "imported")
+    assert checkpoints.meta()["imported_from"] == str(tmp_path / "model.safetensors")
+    checkpoints.close()
