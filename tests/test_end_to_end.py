@@ -173,7 +173,10 @@ def test_run_leaves_the_newest_checkpoints_previews_and_samples(run):
     for file in ("previews/step_00000015.png", "previews/step_00000030.png", "samples.png"):
         with Image.open(run / file) as image:
             assert image.size == size
-            assert len(np.unique(image)) > 3
+            pixels = np.asarray(image)
+        assert len(np.unique(pixels)) > 3
+        once = pixels[::PREVIEW_ENLARGE, ::PREVIEW_ENLARGE]
+        np.testing.assert_array_equal(np.kron(once, np.ones([PREVIEW_ENLARGE] * 2, np.uint8)), pixels)
 
 
 def test_card_holds_finite_numbers_of_the_last_step(run):

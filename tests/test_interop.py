@@ -157,7 +157,7 @@ def test_exported_run_in_plain_torch(run, tmp_path):
     weights = torch.load(tmp_path / "out/digits.pt", weights_only=True)
     card, config = ((tmp_path / "out" / name).read_text() for name in (CARD, CONFIG))
     assert "sigma_data = 0.75" in card
-    assert "training step 3" in card
+    assert "| Training step | 3 |" in card
     assert json.loads(config)["config"]["diffusion"]["sigma_data"] == 0.75
 
     rng = np.random.default_rng(0)

@@ -256,7 +256,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             "sampling": [f.name for f in dataclasses.fields(SamplerOptions) if f.name in config["sampling"]],
         }
         found = {s: {name: config[s][name] for name in names} for s, names in sections.items()}
-        return found | {"step": int(content["step"]), "weights": str(content["weights"])}
+        weights = content["weights"] if content["weights"] in WEIGHTS else "ema"
+        return found | {"step": int(content["step"]), "weights": weights}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): mend it or move it away") from error
 

@@ -23,7 +23,9 @@ def model_card(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
         "Classes": f"{classes}, as one-hot vectors; no class is the zero vector"
         if classes
         else "unconditional",
-        "Weights": f"{WEIGHTS_IN_WORDS[about['weights']]}; training step {about['step']:,}",
+        "Weights": WEIGHTS_IN_WORDS[about["weights"]],
+        # Imported weights of unknown age are step 0.
+        "Training step": f"{about['step']:,}" if about["step"] else "not known",
         "Preconditioning": f"EDM, sigma_data = {diffusion['sigma_data']:g}",
         "Latent scale": f"latents = {data['latent_scale']:g} · autoencoder output",
         "Tensors": f"{len(tensors)} of float32, {sum(x.size for x in tensors.values()):,} values",
