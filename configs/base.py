@@ -38,10 +38,12 @@ def get_config() -> ConfigDict:
     diffusion.mask_schedule = "constant"  # constant, linear, exp or cosine2 … cosine6
 
     config.data = data = ConfigDict()
-    data.source = ""  # digits, or latents:FOLDER
+    data.source = ""  # digits, latents:FOLDER, folder:PATH or tfds:NAME
     data.space = "latents"  # what the model sees: latents, or pixels in [-1, 1]
     data.latent_scale = 0.18215  # latents = latent_scale · autoencoder output; only for cached moments
     data.num_threads = 4  # reading threads of each process
+    data.flip = False  # mirror half of the images of folder: and tfds:
+    data.max_zoom = 1.0  # random short side of 1 … max_zoom · image_size, random crop; 1: centre crop
 
     config.training = training = ConfigDict()
     training.num_steps = 2_000_000  # optimizer updates

@@ -201,6 +201,7 @@ def _check_values(config: ConfigDict) -> None:
         _require(value > 0 or name not in POSITIVE, f"{name}={value} must be greater than 0")
         _require(value >= 0 or name not in NOT_NEGATIVE, f"{name}={value} must not be negative")
         _require(0 <= value <= 1 or name not in SHARES, f"{name}={value} must be between 0 and 1")
+    _require(config.data.max_zoom >= 1, f"data.max_zoom={config.data.max_zoom} must be at least 1")
     s = config.sampling
     _require(
         s.sigma_min < s.sigma_max, f"sampling.sigma_min={s.sigma_min} must be below sigma_max={s.sigma_max}"

@@ -1,6 +1,7 @@
 """The autoencoder between images and latents: read from its published files, run over all devices."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +32,13 @@ _FIXED = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents
 
 
 class AutoencoderFile(NamedTuple):
-    """options: arguments of `AutoencoderKL`; latent_scale: what its latents are published to be scaled by."""
+    """options: arguments of `AutoencoderKL`; latent_scale: what its latents are published to be scaled by;
+    sha256: of the file of weights."""
 
     options: dict[str, Any]
     params: Params
     latent_scale: float
+    sha256: str
 
 
 def load_autoencoder(path: str | Path, precision: str = "float32") -> "Autoencoder":
@@ -63,6 +66,7 @@ class Autoencoder:
         self._graphdef = nnx.split(network)[0]
         self.mesh = make_mesh(jax.device_count(), 1)
         self.params = jax.device_put(file.params, NamedSharding(self.mesh, PartitionSpec()))
+        self.sha256 = file.sha256
         self.latent_scale, self.channels = file.latent_scale, file.options["latent_channels"]
         self.factor = 2 ** (len(file.options["block_out_channels"]) - 1)
 
@@ -145,7 +149,10 @@ def _read(path: str | Path) -> AutoencoderFile:
         str(weights),
         "AutoencoderKL",
     )
-    return AutoencoderFile(options, autoencoder_from_torch(tensors), config.get("scaling_factor", 0.18215))
+    with weights.open("rb") as content_bytes:
+        sha256 = hashlib.file_digest(content_bytes, "sha256").hexdigest()
+    params, latent_scale = autoencoder_from_torch(tensors), config.get("scaling_factor", 0.18215)
+    return AutoencoderFile(options, params, latent_scale, sha256)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """From a source to batches on the mesh: one order, read from any position by any number of processes."""
 
 import collections
+import functools
 from collections.abc import Iterator
 
 import grain
 import jax
 import numpy as np
 
-from maskdit_jax.data.sources import Source
+from maskdit_jax.data.sources import Batch, Source
 
-Batch = dict[str, np.ndarray]
+_ENDLESS = 2**40
 
 
 def batches(
@@ -27,13 +28,34 @@ def batches(
     The whole run has one order of items, a function of the seed alone: every epoch is its own
     shuffle, item `start_item` of that order comes first, and the processes' parts of a batch follow
     each other in it. So the position of a run is one number, the items consumed, whatever the
-    number of processes, threads or devices.
+    number of processes, threads or devices. Each thread reads whole batches.
     """
     local = batch_size // process_count
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset[start_item:].batch(local, drop_remainder=True)[process_index::process_count]
+
+    def read(number: int) -> Batch:
+        start = start_item + number * batch_size + process_index * local
+        return source.read(
+            item_order(len(source), seed, start, start + local), np.arange(start, start + local)
+        )
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    return iter(dataset.to_iter_dataset(options))
+    return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
+
+
+def item_order(num_items: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Items at the positions start … stop - 1 of the endless order: a new shuffle for every epoch."""
+    parts = []
+    while start < stop:
+        epoch, begin = divmod(start, num_items)
+        end = min(begin + stop - start, num_items)
+        parts.append(_shuffle(num_items, seed, epoch)[begin:end])
+        start += end - begin
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)  # the epoch being read, and the next, which prefetching reaches first
+def _shuffle(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_items)
 
 
 def to_devices(

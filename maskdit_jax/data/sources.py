@@ -1,14 +1,18 @@
-"""Random-access sources by name. An item is a dict of arrays: `label`, and `latents` or `moments`."""
+"""Random-access sources by name: a source reads a batch of its items at a time."""
 
 import functools
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from maskdit_jax.data.latents import open_shards
+from maskdit_jax.data.image_sets import ImageSet, open_image_set
+from maskdit_jax.data.images import centre_square, random_square, to_float
+from maskdit_jax.data.shards import open_shards
 from maskdit_jax.errors import UserError
 
 NUM_HELD_OUT_DIGITS = 360
+
+Batch = dict[str, np.ndarray]
 
 
 class Shape(NamedTuple):
@@ -20,13 +24,18 @@ class Shape(NamedTuple):
 
 
 class Source(Protocol):
-    """A data set with random access."""
+    """A data set with random access; rms is that of its latents before they are scaled, if it knows."""
 
     shape: Shape
+    rms: float | None
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
+        """`label` [B] int32, and `latents` [B, H, W, C] or `moments` [B, H, W, 2C], of items [B].
+
+        draws [B]: how many items of the run came before each; augmentation is a function of it.
+        """
 
 
 class Digits:
@@ -36,6 +45,7 @@ class Digits:
     """
 
     shape = Shape(image_size=8, channels=1, num_classes=10)
+    rms = None
 
     def __init__(self, split: str = "train"):
         images, labels = _load_digits()
@@ -47,26 +57,63 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"latents": self.latents[index], "label": self.labels[index]}
+    def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
+        return {"latents": self.latents[items], "label": self.labels[items]}
 
 
 class LatentShards:
-    """A folder of cached moments; item i is image i // 2, mirrored when i is odd."""
+    """A folder of cached moments; with two views item i is image i // 2, mirrored when i is odd."""
 
     def __init__(self, folder: str):
-        metadata, self._shards = open_shards(folder)
+        metadata, shards = open_shards(folder)
         self.shape = Shape(*(metadata[name] for name in Shape._fields))
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self.rms = metadata["stats"].get("raw_latents_rms")
+        self._moments = [shard.moments for shard in shards]
+        self._labels = np.concatenate([shard.labels for shard in shards])
+        self._starts = np.cumsum([0] + [len(shard.labels) for shard in shards])
+        self._views = metadata["views"]
 
     def __len__(self) -> int:
-        return 2 * int(self._ends[-1])
+        return self._views * len(self._labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        image, mirrored = divmod(index, 2)
-        shard = int(np.searchsorted(self._ends, image, side="right"))
-        record = self._shards[shard][image - self._ends[shard]]
-        return {"moments": record["moments"][mirrored], "label": record["label"]}
+    def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
+        images, views = np.divmod(items, self._views)
+        shards = np.searchsorted(self._starts, images, side="right") - 1
+        rows = images - self._starts[shards]
+        first = self._moments[0]
+        moments = np.empty((len(items), *first.shape[2:]), first.dtype)
+        # One copy for each item, straight from the page cache: a batch touches nearly as many shards
+        # as it has items.
+        for place, (shard, row, view) in enumerate(zip(shards.tolist(), rows.tolist(), views.tolist())):
+            moments[place] = self._moments[shard][row, view]
+        return {"moments": moments, "label": self._labels[images]}
+
+
+class Pixels:
+    """Images of an `ImageSet` as the model sees them: square, in [-1, 1], at random flipped and zoomed."""
+
+    rms = None
+
+    def __init__(self, images: ImageSet, *, image_size: int, seed: int, flip: bool, max_zoom: float):
+        self._images, self._size, self._seed = images, image_size, seed
+        self._flip, self._max_zoom = flip, max_zoom
+        self.shape = Shape(image_size, 3, len(images.classes))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
+        pixels, labels = zip(*map(self._read_one, items.tolist(), draws.tolist()))
+        return {"latents": to_float(np.stack(pixels)), "label": np.array(labels, np.int32)}
+
+    def _read_one(self, item: int, draw: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng([self._seed, draw])
+        image, label = self._images.load(item), self._images.label(item)
+        if self._max_zoom > 1:
+            square = random_square(image, self._size, rng, self._max_zoom)
+        else:
+            square = centre_square(image, self._size)
+        return (square[:, ::-1] if self._flip and rng.random() < 0.5 else square), label
 
 
 @functools.cache
@@ -78,21 +125,41 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     return images, digits.target.astype(np.int32)
 
 
-def open_source(name: str, *, image_size: int, channels: int, num_classes: int) -> Source:
-    """Training split of the source called `digits` or `latents:FOLDER`; its shape must be the model's.
+def open_source(
+    name: str,
+    *,
+    image_size: int,
+    channels: int,
+    num_classes: int,
+    space: str,
+    seed: int = 0,
+    flip: bool = False,
+    max_zoom: float = 1.0,
+) -> Source:
+    """Training split of the source of that name; its shape must be the model's.
 
-    A model with num_classes 0 takes any source and ignores its labels.
+    `digits`, `folder:PATH` and `tfds:NAME` give pixels, flipped and zoomed at random if asked to;
+    `latents:FOLDER` gives cached moments. A model with num_classes 0 takes any and ignores labels.
 
     Raises:
-      UserError: unknown name, missing or damaged folder, or another shape than the model's.
+      UserError: unknown name, missing or damaged data, or another shape than the model's.
     """
     kind, _, path = name.partition(":")
     if kind == "digits":
         source = Digits()
     elif kind == "latents":
         source = LatentShards(path)
+    elif kind in ("folder", "tfds"):
+        images = open_image_set(name)
+        source = Pixels(images, image_size=image_size, seed=seed, flip=flip, max_zoom=max_zoom)
     else:
-        raise UserError(f"data.source={name!r} is unknown; known: digits, latents:FOLDER")
+        raise UserError(
+            f"data.source={name!r} is unknown; known: digits, latents:FOLDER, folder:PATH, tfds:NAME"
+        )
+    gives = "latents" if kind == "latents" else "pixels"
+    if gives != space:
+        how = "encode them first: tools/encode_latents.py" if gives == "pixels" else "set data.space=latents"
+        raise UserError(f"data.source={name!r} gives {gives}, but data.space={space!r}; {how}")
     wanted = Shape(image_size, channels, num_classes or source.shape.num_classes)
     if source.shape != wanted:
         differences = [

@@ -10,7 +10,7 @@ from maskdit_jax.api import Model
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.autoencoder import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
-from maskdit_jax.data.sources import open_source
+from maskdit_jax.data.sources import Source, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
@@ -34,7 +34,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
         image_size=config.model.image_size,
         channels=config.model.channels,
         num_classes=config.model.num_classes,
+        space=config.data.space,
+        seed=config.seed,
+        flip=config.data.flip,
+        max_zoom=config.data.max_zoom,
     )
+    _warn_of_scale(source, config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
@@ -120,6 +125,17 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
         log.info(f"weights and EMA from step {step:,} of {config.init_from}; the optimizer starts fresh")
         return state, 0, 0.0
     return training.start(None), 0, 0.0
+
+
+def _warn_of_scale(source: Source, config: ConfigDict) -> None:
+    """Say so when the latents are far from the standard deviation that the preconditioning assumes."""
+    sigma_data = config.diffusion.sigma_data
+    if source.rms is not None and not 0.5 <= source.rms * config.data.latent_scale / sigma_data <= 2:
+        log.warning(
+            f"warning: the latents of {config.data.source} have an rms of "
+            f"{source.rms * config.data.latent_scale:.3g}, but diffusion.sigma_data={sigma_data:g}: is "
+            f"data.latent_scale={config.data.latent_scale:g} right?"
+        )
 
 
 def _describe(config: ConfigDict, training: Training, num_items: int) -> str:

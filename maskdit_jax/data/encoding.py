@@ -1,0 +1,184 @@
+"""Images → shards of moments: resumable, shared between processes, indifferent to corrupt images."""
+
+import collections
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskdit_jax.data.autoencoder import Autoencoder
+from maskdit_jax.data.image_sets import ImageSet
+from maskdit_jax.data.images import centre_square, to_float
+from maskdit_jax.data.shards import METADATA, finish_shards, read_report, shard_names, write_shard
+from maskdit_jax.errors import UserError
+from maskdit_jax.files import appears_whole
+
+log = logging.getLogger("maskdit_jax")
+
+SETTINGS = "encoding.json"
+DTYPES = ("float16", "float32")
+BATCHES_AHEAD = 2
+SECONDS_BETWEEN_REPORTS = 10
+
+
+class Encoding(NamedTuple):
+    """How to encode. Every process must be given the same but for its `part`: (index, of how many).
+
+    resolution: pixels per side; batch_size: images, each also mirrored, of one call of the
+    autoencoder; max_corrupt: a process stops once it has met more unreadable images than these.
+    """
+
+    resolution: int
+    shard_size: int = 4096
+    batch_size: int = 64
+    dtype: str = "float16"
+    num_threads: int = 8
+    max_corrupt: int = 100
+    part: tuple[int, int] = (0, 1)
+
+
+def encode_images(
+    images: ImageSet, autoencoder: Autoencoder, out: Path, how: Encoding, *, source: str
+) -> None:
+    """Moments of every image and of its mirror image as a folder of shards.
+
+    Shard i is images i·shard_size … of the set, so any number of processes can each take every n-th
+    shard. What a killed process left unfinished the next one makes again; the last to finish writes
+    the metadata that makes the folder a data set. The bytes of a shard depend on its images only.
+
+    Raises:
+      UserError: `out` holds another encoding, too many corrupt images, or a setting that cannot be.
+    """
+    _check(autoencoder, how)
+    names = shard_names(math.ceil(len(images) / how.shard_size))
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"source": source, "resolution": how.resolution, "autoencoder": autoencoder.sha256}
+    chosen = {name: getattr(how, name) for name in ("shard_size", "batch_size", "dtype")}
+    _claim(out, about | chosen | {"num_images": len(images)})
+    index, count = how.part
+    mine = names[index::count]
+    todo = [name for name in mine if read_report(out, name) is None]
+    if len(todo) < len(mine):
+        log.info(f"{len(mine) - len(todo)} of {len(mine)} shards are complete and sound")
+    items_of = {
+        name: range(i * how.shard_size, min((i + 1) * how.shard_size, len(images)))
+        for i, name in enumerate(names)
+    }
+    progress, corrupt = _Progress(sum(len(items_of[name]) for name in todo)), 0
+    with ThreadPoolExecutor(how.num_threads) as pool:
+        for name in todo:
+            batches = _decoded(images, items_of[name], how, pool)
+            moments, labels, skipped = _encode(images, batches, autoencoder, how, progress)
+            write_shard(out, name, moments, labels, skipped=skipped)
+            corrupt += len(skipped)
+            if corrupt > how.max_corrupt:
+                raise UserError(f"{corrupt} images cannot be read, more than max_corrupt={how.max_corrupt}")
+    reports = [read_report(out, name, verify=False) for name in names]
+    missing = sum(report is None for report in reports)
+    if missing:
+        log.info(f"part {index}/{count} is complete; {missing} of {len(names)} shards are other processes'")
+        return
+    stats = finish_shards(
+        out, reports, num_classes=len(images.classes), latent_scale=autoencoder.latent_scale, about=about
+    )
+    log.info(
+        f"encoded {stats['num_images']:,} images, each with its mirror image, to {out}: {len(names)} shards, "
+        f"{len(stats['skipped'])} images skipped, latents rms {stats['latents_rms']:.3f}"
+    )
+
+
+def _check(autoencoder: Autoencoder, how: Encoding) -> None:
+    index, count = how.part
+    if how.dtype not in DTYPES:
+        raise UserError(f"dtype={how.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if not 0 <= index < count:
+        raise UserError(f"part={index}/{count}: expected I/N with 0 <= I < N")
+    if how.resolution < 1 or how.resolution % autoencoder.factor:
+        raise UserError(f"resolution={how.resolution} must be a multiple of {autoencoder.factor}")
+    for name in ("shard_size", "batch_size", "num_threads"):
+        if getattr(how, name) < 1:
+            raise UserError(f"{name}={getattr(how, name)} must be at least 1")
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in a new folder; in one that has them, compare."""
+    file = out / SETTINGS
+    if not file.exists():
+        if (out / METADATA).exists():
+            raise UserError(f"{out} already holds a data set of another origin: choose a new folder")
+        with appears_whole(file) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
+    found = json.loads(file.read_text())
+    differences = [f"{k}={v} here, {found.get(k)} there" for k, v in settings.items() if found.get(k) != v]
+    if differences:
+        raise UserError(f"{out} holds another encoding: {'; '.join(differences)}; choose a new folder")
+
+
+Decoded = list[tuple[int, np.ndarray | None]]
+
+
+def _encode(
+    images: ImageSet,
+    batches: Iterator[Decoded],
+    autoencoder: Autoencoder,
+    how: Encoding,
+    progress: "_Progress",
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Moments [n, 2, H, W, 2C] and labels [n] of the images of one shard; names of the unreadable ones."""
+    side = how.resolution // autoencoder.factor
+    moments = [np.empty((0, 2, side, side, 2 * autoencoder.channels), how.dtype)]
+    labels, skipped = [], []
+    for batch in batches:
+        good = [(item, square) for item, square in batch if square is not None]
+        skipped += [images.name(item) for item, square in batch if square is None]
+        if good:
+            both = np.stack([view for _, square in good for view in (square, square[:, ::-1])])
+            # Filled up, so that there is one program, and an image gets the same bits in any batch.
+            filled = both[np.arange(2 * how.batch_size) % len(both)]
+            encoded = np.asarray(autoencoder.encode(to_float(filled)))[: len(both)]
+            moments.append(encoded.astype(how.dtype).reshape(len(good), 2, *encoded.shape[1:]))
+            labels += [images.label(item) for item, _ in good]
+        progress.add(len(batch))
+    return np.concatenate(moments), np.array(labels, np.int32), skipped
+
+
+def _decoded(images: ImageSet, items: range, how: Encoding, pool: ThreadPoolExecutor) -> Iterator[Decoded]:
+    """Batches of (item, square uint8, or None if it cannot be read), some decoded ahead in the pool."""
+
+    def decode(item: int) -> tuple[int, np.ndarray | None]:
+        try:
+            return item, centre_square(images.load(item), how.resolution)
+        except UserError as error:
+            log.warning(f"warning: skipped {error}")
+            return item, None
+
+    waiting = collections.deque()
+    for start in range(0, len(items), how.batch_size):
+        waiting.append([pool.submit(decode, item) for item in items[start : start + how.batch_size]])
+        if len(waiting) > BATCHES_AHEAD:
+            yield [future.result() for future in waiting.popleft()]
+    for batch in waiting:
+        yield [future.result() for future in batch]
+
+
+class _Progress:
+    """A line every few seconds: images done, their speed, the time left."""
+
+    def __init__(self, num_images: int):
+        self._left, self._done = num_images, 0
+        self._started = self._reported = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done, self._left = self._done + count, self._left - count
+        now = time.monotonic()
+        if now - self._reported >= SECONDS_BETWEEN_REPORTS or not self._left:
+            self._reported = now
+            speed = self._done / (now - self._started)
+            minutes, seconds = divmod(round(self._left / speed), 60)
+            log.info(f"{self._done:,} images · {speed:,.1f} images/s · {minutes}m{seconds:02d}s left")
