@@ -30,7 +30,7 @@ setup(
         "scikit-learn>=1.5",
         "pillow>=11",
         "safetensors>=0.5",
-        "importlib_resources",  # which tensorflow-datasets needs and does not ask for
+        "importlib_resources",
         "lmdb>=1.6",
         *TENSORBOARD,
     ],

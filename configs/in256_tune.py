@@ -1,6 +1,6 @@
 """Unmasked tuning of in256 at a constant mask ratio of 0: the best weights for sampling with guidance.
 
-Start from the masked run: --config.init_from=runs/in256
+Data: as for in256. Start from the masked run: --config.init_from=runs/in256
 Published: 8 A100-80GB, up to 75k–100k steps; FID-50k 2.28 with guidance 1.5. Not run here.
 """
 

@@ -1,6 +1,6 @@
 """Tuning of in256 with a mask ratio falling from 0.5 to 0 as cos⁴: the best weights without guidance.
 
-Start from the masked run: --config.init_from=runs/in256
+Data: as for in256. Start from the masked run: --config.init_from=runs/in256
 Published: 8 A100-80GB, 37.5k steps; FID-50k 5.69 without guidance. Not run here.
 """
 

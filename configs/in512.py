@@ -1,6 +1,8 @@
 """MaskDiT-XL/2 on ImageNet 512×512, masked training (MaskDiT, table 2; tuning: in512_tune.py).
 
-Data: python tools/encode_latents.py --source=tfds:imagenet2012 --vae=DIR --resolution=512 --out=data/in512
+Data: ILSVRC2012_img_train.tar and _val.tar in TFDS_DATA_DIR/downloads/manual, then
+python tools/encode_latents.py --source=tfds:imagenet2012 --vae=DIR --resolution=512 --out=data/in512
+or the authors' latents: python tools/import_latents.py --format=webdataset --input=PATH --out=data/in512
 Published: 1M steps of 1024; 209 A100-days in all, the tuning included. FID-50k after tuning: 10.79
 without guidance, 2.50 with. Not run here.
 """

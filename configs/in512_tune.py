@@ -1,6 +1,6 @@
 """Unmasked tuning of in512 at a constant mask ratio of 0.
 
-Start from the masked run: --config.init_from=runs/in512
+Data: as for in512. Start from the masked run: --config.init_from=runs/in512
 Published: 50k steps; FID-50k 2.50 with guidance 1.5, 10.79 without. Not run here.
 """
 

@@ -20,7 +20,7 @@ from maskdit_jax import Model, UserError, import_torch, load_autoencoder, main, 
 from maskdit_jax.config import load, resolve
 from maskdit_jax.data.autoencoder import PIXELS_AT_ONCE, Autoencoder, _apply_in_chunks
 from maskdit_jax.data.images import to_uint8
-from maskdit_jax.data.latents import write_shards
+from maskdit_jax.data.shards import finish_shards, read_report, write_shard
 from maskdit_jax.interop.names import to_torch
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.embed import position_table
@@ -187,7 +187,10 @@ def test_sample_decodes_to_pixels_with_vae(latent_model, folder, autoencoder, tm
 
 def test_training_shows_pixels_when_the_config_names_an_autoencoder(folder, tmp_path):
     moments = np.random.default_rng(0).standard_normal((16, 2, 8, 8, 8), np.float32)
-    write_shards(str(tmp_path / "data"), moments, np.arange(16) % 2, num_classes=2, shard_size=16)
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data", "all", moments, np.arange(16) % 2)
+    reports = [read_report(tmp_path / "data", "all")]
+    finish_shards(tmp_path / "data", reports, num_classes=2, latent_scale=0.25, about={})
     flags = f"""
         vae={folder} data.source=latents:{tmp_path / "data"} data.latent_scale=0.25
         model.image_size=8 model.num_classes=2 model.size=custom model.patch_size=4 model.hidden_size=32

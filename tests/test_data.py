@@ -3,7 +3,11 @@
 import contextlib
 import itertools
 import json
+import os
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +16,16 @@ import pytest
 from golden_case import GOLDEN, channels_last
 from PIL import Image
 
-from maskdit_jax.data import latents as latents_module
+from maskdit_jax.data import shards as shards_module
 from maskdit_jax.data.images import save_png, tile, to_uint8
-from maskdit_jax.data.latents import draw_latents, open_shards, write_shards
+from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.data.pipeline import batches, to_devices
+from maskdit_jax.data.shards import finish_shards, open_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import Digits, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.mesh import batch_sharding, make_mesh
+
+ROOT = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
@@ -65,12 +72,12 @@ def test_digits_split_is_fixed():
     np.testing.assert_array_equal(Digits("train").latents, Digits("train").latents)
 
 
-def test_digits_item_is_an_image_and_its_label():
+def test_digits_batch_is_images_and_their_labels():
     source = Digits()
-    item = source[5]
-    assert set(item) == {"latents", "label"}
-    np.testing.assert_array_equal(item["latents"], source.latents[5])
-    assert item["label"] == source.labels[5]
+    batch = source.read(np.array([5, 0, 5]), np.arange(3))
+    assert set(batch) == {"latents", "label"}
+    np.testing.assert_array_equal(batch["latents"], source.latents[[5, 0, 5]])
+    np.testing.assert_array_equal(batch["label"], source.labels[[5, 0, 5]])
 
 
 # Order of batches
@@ -85,8 +92,8 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, index):
-        return {"label": np.int32(index)}
+    def read(self, items, draws):
+        return {"label": items.astype(np.int32), "draw": draws}
 
 
 def order(count: int, num_batches: int, source=None, **options) -> list[int]:
@@ -135,6 +142,15 @@ def test_batches_of_the_processes_make_up_the_batch_of_one(process_count, start_
         np.testing.assert_array_equal(np.concatenate(parts), whole["label"])
 
 
+def test_draws_count_the_items_of_the_run():
+    """Whatever the number of processes: augmentation must not be the same for two items, or twice."""
+    options = {"batch_size": 6, "seed": 0, "start_item": 12, "process_count": 3}
+    streams = [batches(Numbers(10), process_index=i, **options) for i in range(3)]
+    for start in (12, 18, 24):
+        draws = np.concatenate([next(stream)["draw"] for stream in streams])
+        np.testing.assert_array_equal(draws, np.arange(start, start + 6))
+
+
 def test_number_of_threads_does_not_change_the_batches():
     one, many = (batches(Digits(), batch_size=479, seed=0, num_threads=n) for n in (1, 8))
     for expected, actual in itertools.islice(zip(one, many, strict=True), 4):
@@ -181,58 +197,143 @@ def moments() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((11, 2, 4, 4, 6)).astype(np.float32)
 
 
+def write_folder(folder, moments, labels, *, num_classes, shard_size, latent_scale=0.5):
+    folder.mkdir()
+    names = shard_names(-(-len(moments) // shard_size))
+    for i, name in enumerate(names):
+        part = slice(i * shard_size, (i + 1) * shard_size)
+        write_shard(folder, name, moments[part], labels[part])
+    reports = [read_report(folder, name) for name in names]
+    options = {"num_classes": num_classes, "latent_scale": latent_scale, "about": {"source": "test"}}
+    return finish_shards(folder, reports, **options)
+
+
 @pytest.fixture
 def folder(moments, tmp_path):
     """The moments in two shards, of eight and of three records; image i has the label 20 + i."""
-    folder = tmp_path / "moments"
-    write_shards(folder, moments, 20 + np.arange(11), num_classes=40, shard_size=8)
-    return folder
+    write_folder(tmp_path / "moments", moments, 20 + np.arange(11), num_classes=40, shard_size=8)
+    return tmp_path / "moments"
 
 
 SHAPE = {"image_size": 4, "channels": 3, "num_classes": 40}
+WANTED = SHAPE | {"space": "latents"}
 
 
 def test_shards_give_back_the_moments(folder, moments):
     metadata, shards = open_shards(folder)
-    assert [len(shard) for shard in shards] == [8, 3]
-    np.testing.assert_array_equal(np.concatenate([shard["moments"] for shard in shards]), moments)
-    np.testing.assert_array_equal(np.concatenate([shard["label"] for shard in shards]), 20 + np.arange(11))
+    assert [len(shard.labels) for shard in shards] == [8, 3]
+    np.testing.assert_array_equal(np.concatenate([shard.moments for shard in shards]), moments)
+    np.testing.assert_array_equal(np.concatenate([shard.labels for shard in shards]), 20 + np.arange(11))
     assert {name: metadata[name] for name in SHAPE} == SHAPE
 
 
 def test_source_of_latents_has_every_image_and_its_mirror_image(folder, moments):
-    source = open_source(f"latents:{folder}", **SHAPE)
+    source = open_source(f"latents:{folder}", **WANTED)
     assert len(source) == 22
-    for i in range(22):
-        np.testing.assert_array_equal(source[i]["moments"], moments[i // 2, i % 2])
-        assert source[i]["label"] == 20 + i // 2
+    batch = source.read(np.arange(22)[::-1], np.arange(22))
+    np.testing.assert_array_equal(batch["moments"][::-1], moments.reshape(22, 4, 4, 6))
+    np.testing.assert_array_equal(batch["label"][::-1], np.repeat(20 + np.arange(11), 2))
 
 
-def test_an_epoch_of_latents_has_every_image_and_its_mirror_image(folder, moments):
-    stream = batches(open_source(f"latents:{folder}", **SHAPE), batch_size=11, seed=0, num_threads=2)
-    epoch = np.concatenate([next(stream)["moments"] for _ in range(2)])
-    assert epoch.shape == (22, 4, 4, 6)
-    np.testing.assert_array_equal(np.sort(epoch.sum((1, 2, 3))), np.sort(moments.sum((2, 3, 4)).ravel()))
+def test_source_of_latents_without_mirror_images_has_every_image(moments, tmp_path):
+    write_folder(tmp_path / "one", moments[:, :1], np.arange(11), num_classes=40, shard_size=4)
+    source = open_source(f"latents:{tmp_path / 'one'}", **WANTED)
+    batch = source.read(np.arange(len(source)), np.arange(len(source)))
+    np.testing.assert_array_equal(batch["moments"], moments[:, 0])
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+def test_two_epochs_of_latents_have_every_view_twice(folder, moments, process_count):
+    """The union of the processes' parts, in another order each epoch."""
+    source = open_source(f"latents:{folder}", **WANTED)
+    streams = [
+        batches(source, batch_size=6, seed=0, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    seen = np.concatenate([next(stream)["moments"] for _ in range(8) for stream in streams])[:44]
+    sums, expected = seen.sum((1, 2, 3)), np.sort(moments.sum((2, 3, 4)).ravel())
+    for epoch in (sums[:22], sums[22:]):
+        np.testing.assert_array_equal(np.sort(epoch), expected)
+    assert not np.array_equal(sums[:22], sums[22:])
 
 
 def test_half_precision_moments_stay_so_on_disk_and_give_float32_latents(moments, tmp_path):
     half = moments.astype(np.float16)
-    write_shards(tmp_path, half, np.zeros(11), num_classes=1, shard_size=100)
-    (shard,) = open_shards(tmp_path)[1]
-    assert shard["moments"].dtype == np.float16
-    np.testing.assert_array_equal(shard["moments"], half)
+    write_folder(tmp_path / "half", half, np.zeros(11), num_classes=1, shard_size=100)
+    (shard,) = open_shards(tmp_path / "half")[1]
+    assert shard.moments.dtype == np.float16
+    np.testing.assert_array_equal(shard.moments, half)
     assert draw_latents(jnp.asarray(half[:, 0]), jnp.zeros((11, 4, 4, 3)), 1.0).dtype == np.float32
 
 
 def test_recipe_of_the_docstring_opens_a_shard_with_numpy_alone(folder, moments, monkeypatch):
     """The indented lines of the module's docstring, run in the folder."""
-    lines = [line for line in latents_module.__doc__.splitlines() if line.startswith("    ")]
+    lines = [line for line in shards_module.__doc__.splitlines() if line.startswith("    ")]
     *statements, expression = textwrap.dedent("\n".join(lines)).splitlines()
     assert len(statements) == 4
     monkeypatch.chdir(folder)
     names = {"json": json, "np": np}
     exec("\n".join(statements), names)
-    np.testing.assert_array_equal(eval(expression, names), moments[7])
+    np.testing.assert_array_equal(eval(expression, names), moments[7, 1])
+
+
+def test_statistics_are_those_of_drawn_latents(folder, moments):
+    """Mean, standard deviation and rms of the scaled latents of the images, against many draws."""
+    stats = json.loads((folder / "stats.json").read_text())
+    noise = np.random.default_rng(1).standard_normal((4000, 11, 4, 4, 3)).astype(np.float32)
+    drawn = np.asarray(jax.vmap(lambda n: draw_latents(moments[:, 0], n, 0.5))(noise))
+    np.testing.assert_allclose(stats["latents_mean"], drawn.mean((0, 1, 2, 3)), atol=5e-3)
+    np.testing.assert_allclose(stats["latents_std"], drawn.std((0, 1, 2, 3)), rtol=5e-3)
+    np.testing.assert_allclose(stats["latents_rms"], np.sqrt(np.square(drawn).mean()), rtol=5e-3)
+    np.testing.assert_allclose(stats["raw_latents_rms"], stats["latents_rms"] / 0.5, rtol=1e-6)
+    assert stats["num_images"] == 11
+    assert stats["count_per_class"] == {str(20 + i): 1 for i in range(11)}
+
+
+def test_report_tells_a_sound_shard_from_an_altered_one(folder):
+    name = shard_names(2)[0]
+    assert read_report(folder, name)["num_records"] == 8
+    file = folder / f"{name}.moments.npy"
+    content = bytearray(file.read_bytes())
+    content[500] ^= 1
+    file.write_bytes(content)
+    assert read_report(folder, name) is None
+    (folder / f"{name}.json").unlink()
+    assert read_report(folder, name, verify=False) is None
+
+
+def test_index_of_all_imagenet_opens_in_seconds_and_little_memory(tmp_path):
+    """2.56 million items of 32×32×8 float16 in 313 shards; the files are holes of the right size."""
+    names = shard_names(313)
+    listed, left = [], 1_281_167
+    for name in names:
+        count = min(4096, left)
+        left -= count
+        with (tmp_path / f"{name}.moments.npy").open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (count, 2, 32, 32, 8)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + count * 2 * 32 * 32 * 8 * 2)
+        np.save(tmp_path / f"{name}.labels.npy", np.zeros(count, np.int32))
+        listed.append({"name": name, "num_records": count})
+    metadata = {"image_size": 32, "channels": 4, "num_classes": 1000, "views": 2, "dtype": "float16"}
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata | {"shards": listed}))
+    script = f"""
+import resource, time
+started = time.monotonic()
+from maskdit_jax.data.pipeline import batches
+from maskdit_jax.data.sources import LatentShards
+source = LatentShards({str(tmp_path)!r})
+batch = next(batches(source, batch_size=256, seed=0, start_item=2_562_300, num_threads=2))
+print(len(source), batch["moments"].shape, time.monotonic() - started)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counted, gib = done.stdout.splitlines()
+    assert counted.startswith("2562334 (256, 32, 32, 8) ")
+    assert float(counted.split()[-1]) < 10
+    assert float(gib) < 1
 
 
 def test_drawn_latents_are_the_authors():
@@ -251,44 +352,67 @@ def test_drawn_latents_are_the_authors():
 
 def test_missing_folder_says_how_to_make_it(tmp_path):
     with user_error(str(tmp_path / "none"), "metadata.json", "tools/encode_latents.py"):
-        open_source(f"latents:{tmp_path / 'none'}", **SHAPE)
+        open_source(f"latents:{tmp_path / 'none'}", **WANTED)
 
 
-def test_truncated_shard_is_named_with_both_sizes(folder):
-    shard = folder / "shard-00001-of-00002.bin"
+SECOND_SHARD = "shard-00001-of-00002"
+
+
+def test_truncated_shard_is_named_with_its_size(folder):
+    shard = folder / f"{SECOND_SHARD}.moments.npy"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    with user_error(str(shard), f"{len(content) - 1} bytes", f"expected {len(content)}"):
-        open_source(f"latents:{folder}", **SHAPE)
+    with user_error(str(shard), "cut short", f"{len(content) - 1} bytes"):
+        open_source(f"latents:{folder}", **WANTED)
 
 
-def test_missing_shard_is_named(folder):
-    (folder / "shard-00000-of-00002.bin").unlink()
-    with user_error("shard-00000-of-00002.bin", "0 bytes"):
-        open_source(f"latents:{folder}", **SHAPE)
+@pytest.mark.parametrize("part", ["moments", "labels"])
+def test_missing_shard_is_named(folder, part):
+    (folder / f"{SECOND_SHARD}.{part}.npy").unlink()
+    with user_error(f"{SECOND_SHARD}.{part}.npy", "missing", "0 bytes"):
+        open_source(f"latents:{folder}", **WANTED)
+
+
+def test_shard_of_another_number_of_channels_is_named(folder, moments):
+    np.save(folder / f"{SECOND_SHARD}.moments.npy", moments[:3, ..., :4])
+    with user_error(f"{SECOND_SHARD}.moments.npy", "[3, 2, 4, 4, 4]", "expected float32 [3, 2, 4, 4, 6]"):
+        open_source(f"latents:{folder}", **WANTED)
+
+
+def test_label_outside_the_classes_is_named(folder):
+    np.save(folder / f"{SECOND_SHARD}.labels.npy", np.array([0, 40, 1], np.int32))
+    with user_error(f"{SECOND_SHARD}.labels.npy", "labels 0 … 40", "the 40 classes"):
+        open_source(f"latents:{folder}", **WANTED)
+
+
+@pytest.mark.parametrize(("name", "space"), [("digits", "latents"), ("latents:{folder}", "pixels")])
+def test_space_of_the_data_must_be_the_models(folder, name, space):
+    name = name.format(folder=folder)
+    with user_error(f"data.source={name!r} gives", f"data.space={space!r}"):
+        open_source(name, **SHAPE, space=space)
 
 
 @pytest.mark.parametrize("field, asked", [("image_size", 8), ("channels", 4), ("num_classes", 1000)])
 def test_data_of_another_shape_than_the_models_is_an_error(folder, field, asked):
     with user_error(f"model.{field}={asked}", f"the data has {SHAPE[field]}"):
-        open_source(f"latents:{folder}", **SHAPE | {field: asked})
+        open_source(f"latents:{folder}", **WANTED | {field: asked})
 
 
 def test_every_difference_of_shape_is_in_the_message():
     with user_error(
         "model.image_size=4", "has 8", "model.channels=3", "has 1", "model.num_classes=40", "has 10"
     ):
-        open_source("digits", **SHAPE)
+        open_source("digits", **SHAPE, space="pixels")
 
 
 def test_unconditional_model_takes_data_with_any_classes(folder):
-    assert len(open_source(f"latents:{folder}", **SHAPE | {"num_classes": 0})) == 22
+    assert len(open_source(f"latents:{folder}", **WANTED | {"num_classes": 0})) == 22
 
 
 @pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])
 def test_unknown_source_lists_the_known_ones(name):
-    with user_error(f"data.source={name!r}", "digits, latents:FOLDER"):
-        open_source(name, **SHAPE)
+    with user_error(f"data.source={name!r}", "digits, latents:FOLDER, folder:PATH, tfds:NAME"):
+        open_source(name, **WANTED)
 
 
 # Images out

@@ -85,10 +85,10 @@ class Tfds:
         except Exception as error:  # every data set has its own ways to fail
             reason = " ".join(str(error).split())[:300] or repr(error)
             raise UserError(f"tfds:{name} cannot be prepared or read: {reason}") from error
-        if "image" not in builder.info.features:
-            raise UserError(f"tfds:{name} has no images: its features are {', '.join(builder.info.features)}")
-        label = builder.info.features.get("label")
-        self.classes = list(label.names) if label is not None else []
+        features = builder.info.features
+        if "image" not in features:
+            raise UserError(f"tfds:{name} has no images: its features are {', '.join(features)}")
+        self.classes = list(features["label"].names) if "label" in features else []
         self._name = name
 
     def __len__(self) -> int:

@@ -45,6 +45,7 @@ def write_shard(
     Its report, with checksums, statistics and the names of images `skipped`, comes last: a shard
     that has one is complete.
     """
+    labels = np.asarray(labels, np.int32)
     report = {
         "name": name,
         "num_records": len(labels),
@@ -52,7 +53,7 @@ def write_shard(
         "sha256": {},
         "statistics": _statistics(moments, labels),
     }
-    for part, array in (("moments", moments), ("labels", np.asarray(labels, np.int32))):
+    for part, array in (("moments", moments), ("labels", labels)):
         file = folder / f"{name}.{part}.npy"
         with appears_whole(file) as partial, partial.open("wb") as out:
             np.save(out, np.ascontiguousarray(array))

@@ -1,0 +1,202 @@
+"""Images in: decoding, squares, folders, and what is refused by name."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdit_jax import main
+from maskdit_jax.data.image_sets import open_image_set
+from maskdit_jax.data.images import centre_square, decode_image, random_square, to_float, to_uint8
+from maskdit_jax.data.pipeline import batches
+from maskdit_jax.data.sources import open_source
+from maskdit_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def encoded(array: np.ndarray, kind: str = "PNG", mode: str | None = None, palette=None, **options) -> bytes:
+    image = Image.fromarray(array)
+    buffer = io.BytesIO()
+    (image.convert(mode, palette=palette or 0) if mode else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+
+
+def test_lossless_files_give_their_pixels(pixels):
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        np.testing.assert_array_equal(decode_image(encoded(pixels, kind, **options), "x"), pixels)
+
+
+def test_cmyk_grey_palette_and_sixteen_bits_become_rgb():
+    grey = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    rgb = np.repeat(grey[..., None], 3, axis=-1)
+    for content, tolerance in (
+        (encoded(rgb, "JPEG", "CMYK", quality=95), 8),
+        (encoded(grey), 0),
+        (encoded(rgb, "PNG", "P", palette=Image.Palette.ADAPTIVE), 4),
+        (encoded(grey.astype(np.uint16) * 256 + 7), 0),
+        (encoded(rgb, "PNG", "RGBA"), 0),
+    ):
+        image = np.asarray(decode_image(content, "x"), int)
+        assert image.shape == (32, 32, 3)
+        assert np.abs(image - rgb).max() <= tolerance
+
+
+def _bomb() -> bytes:
+    """A PNG header that claims 100,000 × 100,000 pixels."""
+    content = bytearray(encoded(np.zeros((8, 8, 3), np.uint8)))
+    content[16:24] = (100_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def _animated() -> bytes:
+    frames = [Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (0, 255)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encoded(np.zeros((1, 1, 3), np.uint8)), "1×1 pixels"),
+        (_bomb(), "100000×100000 is more than 100,000,000 pixels|decompression bomb"),
+        (_animated(), "animated, 2 frames"),
+        (b"hello", "not a readable image"),
+        (b"", "not a readable image"),
+        (encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[:2000], "not a readable"),
+    ],
+    ids=["1x1", "bomb", "animated", "text", "empty", "truncated"],
+)
+def test_bad_images_are_refused_by_name(content, message):
+    with pytest.raises(UserError, match=message) as refused:
+        decode_image(content, "folder/name.png")
+    assert str(refused.value).startswith("folder/name.png: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_centre_square_halves_by_averaging_then_resizes_then_crops():
+    """160×96 pixels at 24: two halvings, which are averages of 4×4 but for the rounding of each pass."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (96, 160, 3), np.uint8)
+    means = array.astype(float).reshape(24, 4, 40, 4, 3).mean((1, 3))
+    square = centre_square(Image.fromarray(array), 24)
+    assert square.shape == (24, 24, 3)
+    assert np.abs(square - means[:, 8:32]).max() <= 2
+
+
+def test_centre_square_of_a_size_between_is_bicubic():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 30, 3), np.uint8))
+    expected = np.asarray(image.resize((20, 30), Image.Resampling.BICUBIC))[5:25]
+    np.testing.assert_array_equal(centre_square(image, 20), expected)
+    assert centre_square(image, 64).shape == (64, 64, 3)  # enlarged
+
+
+@pytest.mark.parametrize("shape", [(33, 64), (64, 33), (32, 32), (1000, 31)])
+def test_squares_of_odd_sizes_have_the_size_asked_for(shape):
+    image = Image.fromarray(np.zeros((*shape, 3), np.uint8))
+    assert centre_square(image, 16).shape == (16, 16, 3)
+    for seed in range(20):
+        assert random_square(image, 16, np.random.default_rng(seed), 2.0).shape == (16, 16, 3)
+
+
+def test_float_and_back_is_the_identity():
+    values = np.arange(256, dtype=np.uint8)
+    assert to_float(values).min() == -1 and to_float(values).max() == 1
+    np.testing.assert_array_equal(to_uint8(to_float(values) + 1e-6), values)
+
+
+def write_images(root: Path, counts: dict[str, int]) -> None:
+    """Images whose first pixel is (class, number, 0), lossless."""
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            array = np.full((8, 8, 3), (label, number, 0), np.uint8)
+            array[:, 4:] += 100
+            Image.fromarray(array).save(root / name / f"{number}.png")
+
+
+def test_folder_has_a_class_for_each_sub_folder(tmp_path):
+    write_images(tmp_path / "set", {"ant": 3, "bee": 2})
+    images = open_image_set(f"folder:{tmp_path / 'set'}")
+    assert images.classes == ["ant", "bee"]
+    assert [images.label(i) for i in range(len(images))] == [0, 0, 0, 1, 1]
+    assert np.asarray(images.load(4))[0, 0].tolist() == [1, 1, 0]
+    flat = open_image_set(f"folder:{tmp_path / 'set/ant'}")
+    assert flat.classes == []
+    assert [flat.label(i) for i in range(len(flat))] == [-1, -1, -1]
+
+
+def test_empty_missing_and_mixed_folders_are_refused(tmp_path):
+    write_images(tmp_path / "set", {"ant": 1})
+    (tmp_path / "set/bee").mkdir()
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "mixed", {"ant": 1})
+    (tmp_path / "mixed/ant/0.png").rename(tmp_path / "mixed/0.png")
+    for name, message in (
+        ("none", "there is no such folder"),
+        ("empty", "no images .* in"),
+        ("set", "no images .*bee"),
+        ("mixed", "both images .* and sub-folders"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_image_set(f"folder:{tmp_path / name}")
+    with pytest.raises(UserError, match="known: folder:PATH, tfds:NAME"):
+        open_image_set("zip:x")
+
+
+def test_pixels_are_flipped_for_half_of_the_draws_and_the_same_in_every_process(tmp_path):
+    write_images(tmp_path / "set", {"ant": 3, "bee": 5})
+    source = open_source(
+        f"folder:{tmp_path / 'set'}", image_size=8, channels=3, num_classes=2, space="pixels", flip=True
+    )
+    batch = next(batches(source, batch_size=48, seed=0))
+    options = {"batch_size": 48, "seed": 0, "process_count": 3}
+    parts = [next(batches(source, process_index=i, **options)) for i in range(3)]
+    for name, values in batch.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+    values = to_uint8(batch["latents"] + 1e-6)
+    assert batch["latents"].dtype == np.float32
+    mirrored = values[:, 0, 0, 2] == 100
+    assert 0.25 < mirrored.mean() < 0.75
+    np.testing.assert_array_equal(values[:, 0, 0, 0] - 100 * mirrored, batch["label"])
+    first_pass, second_pass = mirrored[:24], mirrored[24:]
+    assert not np.array_equal(first_pass, second_pass)
+
+
+def train_flags(folder: Path, workdir: Path) -> list[str]:
+    flags = f"""
+        data.source=folder:{folder} data.flip=true data.max_zoom=1.5 model.channels=3 model.num_classes=2
+        model.hidden_size=32 model.depth=1 model.num_heads=2 model.use_decoder=false diffusion.mae_coef=0
+        training.num_steps=2 training.batch_size=8 sampling.num_steps=1 sampling.cfg_scale=1
+        report.preview_columns=2 report.tensorboard=false evaluation.num_samples=0
+    """
+    overrides = [f"--config.{flag}" for flag in flags.split()]
+    return [f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *overrides]
+
+
+def test_model_in_pixel_space_trains_on_a_folder(tmp_path, capsys):
+    write_images(tmp_path / "set", {"ant": 3, "bee": 5})
+    main.main(train_flags(tmp_path / "set", tmp_path / "run"))
+    assert "8 items of folder:" in capsys.readouterr().out
+    with Image.open(tmp_path / "run/samples.png") as png:
+        assert png.mode == "RGB"
+
+
+def test_training_stops_at_an_unreadable_image_with_its_name(tmp_path, capsys):
+    write_images(tmp_path / "set", {"ant": 3, "bee": 5})
+    (tmp_path / "set/bee/3.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit):
+        main.main(train_flags(tmp_path / "set", tmp_path / "run"))
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "bee/3.png: not a readable image" in error
+    assert len(error.splitlines()) == 1
