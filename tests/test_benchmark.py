@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from maskdit_jax.data.benchmark import write_synthetic_shards
+
 ROOT = Path(__file__).parents[1]
-ABSENT = "tensorflow tensorflow_datasets clu ml_collections grain sklearn PIL torch".split()
+ABSENT = """
+    tensorflow tensorflow_datasets clu ml_collections grain sklearn PIL torch safetensors lmdb diffusers
+""".split()
 TINY = [
     "--config=configs/digits.py",
     "--config.model.depth=1",
@@ -93,3 +97,18 @@ def test_a_bad_option_is_one_line_and_exit_code_2(python):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "model.hiden_size" in line and "model.hidden_size" in line
+
+
+def test_loader_is_measured_beside_a_bare_read(tmp_path):
+    """On shards given: both speeds, their ratio, memory."""
+    write_synthetic_shards(tmp_path, 300, shard_size=100)
+    flags = [f"--data={tmp_path}", "--batch=32", "--threads=1", "--rounds=3", "--batches=10"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "tools/benchmark_loader.py"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["items"] == 600
+    assert result["loader_items_per_s"] > 1000
+    assert result["ratio"] == pytest.approx(result["loader_items_per_s"] / result["bare_items_per_s"])
+    assert len(result["anonymous_memory_mb"]) == 2

@@ -112,7 +112,10 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
             )
         check_same_model(ConfigDict(meta["config"]), config, str(checkpoints.folder))
         state = checkpoints.restore(training.state_shapes)
-        log.info(f"resumed at step {int(state.step):,} from {checkpoints.folder}")
+        log.info(
+            f"resumed at step {int(state.step):,} from {checkpoints.folder}; the data go on at item "
+            f"{meta['items_consumed']:,} of the run's order, for {jax.process_count()} process(es)"
+        )
         return state, meta["items_consumed"], meta["seconds"]
     if config.init_from:
         other, other_config = open_run(config.init_from)
