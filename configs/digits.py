@@ -25,7 +25,7 @@ def get_config():
     )
     config.diffusion.sigma_data = 0.75  # the standard deviation of the pixels, which are -1 … 1
     config.data.update(source="digits", space="pixels", num_threads=1)
-    config.training.update(num_steps=3_000, batch_size=128, ema_decay=0.995)
+    config.training.update(num_steps=4_000, batch_size=128, ema_decay=0.995)
     config.optimizer.update(learning_rate=2e-3, warmup_kimg=25.6)
     config.checkpoint.every_steps = 500
     config.report.preview_steps = 1_500

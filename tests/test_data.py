@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from golden_case import GOLDEN, channels_last
 from PIL import Image
 
+from maskdit_jax.config import load
 from maskdit_jax.data import shards as shards_module
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.data.latents import draw_latents
@@ -23,6 +25,7 @@ from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.shards import finish_shards, open_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import Digits, open_source
 from maskdit_jax.errors import UserError
+from maskdit_jax.training.loop import warn_of_scale
 from maskdit_jax.training.mesh import batch_sharding, make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -413,6 +416,18 @@ def test_unconditional_model_takes_data_with_any_classes(folder):
 def test_unknown_source_lists_the_known_ones(name):
     with user_error(f"data.source={name!r}", "digits, latents:FOLDER, folder:PATH, tfds:NAME"):
         open_source(name, **WANTED)
+
+
+@pytest.mark.parametrize(("latent_scale", "warned"), [(0.18215, True), (1.0, False), (5.0, True)])
+def test_latents_far_from_sigma_data_are_warned_of(folder, latent_scale, warned, caplog, monkeypatch):
+    """Their rms before scaling is between 1 and 2."""
+    monkeypatch.setattr(logging.getLogger("maskdit_jax"), "propagate", True)
+    overrides = [f"--config.data.latent_scale={latent_scale}", "--config.diffusion.sigma_data=1"]
+    config = load(str(ROOT / "configs/in256.py"), overrides)
+    source = open_source(f"latents:{folder}", **WANTED)
+    assert 1 < source.rms < 2
+    warn_of_scale(source, config)
+    assert ("is data.latent_scale=" in caplog.text) == warned
 
 
 # Images out

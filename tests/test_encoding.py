@@ -100,14 +100,14 @@ def test_moments_are_the_autoencoders_of_image_and_mirror_image(uninterrupted, f
     assert [len(s.labels) for s in shards] == [7, 8, 8, 8, 8, 8, 8, 3]
     images, autoencoder = open_image_set(f"folder:{folder}"), load_autoencoder(vae)
     readable = [i for i in range(60) if not images.name(i).endswith(("ant/07.jpg", "bee/28.jpg"))]
-    squares = np.stack([centre_square(images.load(i), RESOLUTION) for i in readable])
+    squares = np.stack([centre_square(images.load(i)[0], RESOLUTION) for i in readable])
     moments = np.concatenate([s.moments for s in shards])
     assert moments.dtype == np.float16
     for view, pixels in enumerate((squares, squares[:, :, ::-1])):
         expected = autoencoder.encode(to_float(pixels))
         np.testing.assert_allclose(moments[:, view].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
     labels = np.concatenate([s.labels for s in shards])
-    np.testing.assert_array_equal(labels, [images.label(i) for i in readable])
+    np.testing.assert_array_equal(labels, [images.load(i)[1] for i in readable])
     stats = metadata["stats"]
     assert stats["count_per_class"] == {"0": 30, "1": 28}
     assert [Path(name).name for name in stats["skipped"]] == ["07.jpg", "28.jpg"]

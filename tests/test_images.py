@@ -129,11 +129,11 @@ def test_folder_has_a_class_for_each_sub_folder(tmp_path):
     write_images(tmp_path / "set", {"ant": 3, "bee": 2})
     images = open_image_set(f"folder:{tmp_path / 'set'}")
     assert images.classes == ["ant", "bee"]
-    assert [images.label(i) for i in range(len(images))] == [0, 0, 0, 1, 1]
-    assert np.asarray(images.load(4))[0, 0].tolist() == [1, 1, 0]
+    assert [images.load(i)[1] for i in range(len(images))] == [0, 0, 0, 1, 1]
+    assert np.asarray(images.load(4)[0])[0, 0].tolist() == [1, 1, 0]
     flat = open_image_set(f"folder:{tmp_path / 'set/ant'}")
     assert flat.classes == []
-    assert [flat.label(i) for i in range(len(flat))] == [-1, -1, -1]
+    assert [flat.load(i)[1] for i in range(len(flat))] == [-1, -1, -1]
 
 
 def test_empty_missing_and_mixed_folders_are_refused(tmp_path):

@@ -120,7 +120,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{out} holds another encoding: {'; '.join(differences)}; choose a new folder")
 
 
-Decoded = list[tuple[int, np.ndarray | None]]
+Decoded = list[tuple[int, np.ndarray | None, int]]
 
 
 def _encode(
@@ -135,28 +135,29 @@ def _encode(
     moments = [np.empty((0, 2, side, side, 2 * autoencoder.channels), how.dtype)]
     labels, skipped = [], []
     for batch in batches:
-        good = [(item, square) for item, square in batch if square is not None]
-        skipped += [images.name(item) for item, square in batch if square is None]
+        good = [(square, label) for _, square, label in batch if square is not None]
+        skipped += [images.name(item) for item, square, _ in batch if square is None]
         if good:
-            both = np.stack([view for _, square in good for view in (square, square[:, ::-1])])
+            both = np.stack([view for square, _ in good for view in (square, square[:, ::-1])])
             # Filled up, so that there is one program, and an image gets the same bits in any batch.
             filled = both[np.arange(2 * how.batch_size) % len(both)]
             encoded = np.asarray(autoencoder.encode(to_float(filled)))[: len(both)]
             moments.append(encoded.astype(how.dtype).reshape(len(good), 2, *encoded.shape[1:]))
-            labels += [images.label(item) for item, _ in good]
+            labels += [label for _, label in good]
         progress.add(len(batch))
     return np.concatenate(moments), np.array(labels, np.int32), skipped
 
 
 def _decoded(images: ImageSet, items: range, how: Encoding, pool: ThreadPoolExecutor) -> Iterator[Decoded]:
-    """Batches of (item, square uint8, or None if it cannot be read), some decoded ahead in the pool."""
+    """Batches of (item, square uint8 or None if it cannot be read, label), decoded ahead in the pool."""
 
-    def decode(item: int) -> tuple[int, np.ndarray | None]:
+    def decode(item: int) -> tuple[int, np.ndarray | None, int]:
         try:
-            return item, centre_square(images.load(item), how.resolution)
+            image, label = images.load(item)
+            return item, centre_square(image, how.resolution), label
         except UserError as error:
             log.warning(f"warning: skipped {error}")
-            return item, None
+            return item, None, -1
 
     waiting = collections.deque()
     for start in range(0, len(items), how.batch_size):

@@ -1,12 +1,15 @@
 """Sets of images, undecoded: folders of files, and what tensorflow_datasets has prepared."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from maskdit_jax.data.images import decode_image
 from maskdit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -20,14 +23,11 @@ class ImageSet(Protocol):
 
     def name(self, index: int) -> str: ...
 
-    def label(self, index: int) -> int:
-        """Its class; -1 when the set has none."""
-
-    def load(self, index: int):
-        """The image, decoded by PIL.
+    def load(self, index: int) -> "tuple[Image, int]":
+        """The decoded image, and its class, -1 when the set has none.
 
         Raises:
-          UserError: it cannot be; the message names it.
+          UserError: it cannot be decoded; the message names it.
         """
 
 
@@ -58,11 +58,9 @@ class Folder:
     def name(self, index: int) -> str:
         return str(self._files[index])
 
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
-    def load(self, index: int):
-        return decode_image(self._files[index].read_bytes(), self.name(index))
+    def load(self, index: int) -> "tuple[Image, int]":
+        image = decode_image(self._files[index].read_bytes(), self.name(index))
+        return image, int(self._labels[index])
 
 
 class Tfds:
@@ -97,11 +95,10 @@ class Tfds:
     def name(self, index: int) -> str:
         return f"tfds:{self._name}[{index}]"
 
-    def label(self, index: int) -> int:
-        return int(self._items[index]["label"]) if self.classes else -1
-
-    def load(self, index: int):
-        return decode_image(self._items[index]["image"], self.name(index))
+    def load(self, index: int) -> "tuple[Image, int]":
+        item = self._items[index]
+        image = decode_image(item["image"], self.name(index))
+        return image, int(item["label"]) if self.classes else -1
 
 
 def _images_in(folder: Path, deep: bool = False) -> list[Path]:

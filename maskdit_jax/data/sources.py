@@ -108,7 +108,7 @@ class Pixels:
 
     def _read_one(self, item: int, draw: int) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng([self._seed, draw])
-        image, label = self._images.load(item), self._images.label(item)
+        image, label = self._images.load(item)
         if self._max_zoom > 1:
             square = random_square(image, self._size, rng, self._max_zoom)
         else:

@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         flip=config.data.flip,
         max_zoom=config.data.max_zoom,
     )
-    _warn_of_scale(source, config)
+    warn_of_scale(source, config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
@@ -130,7 +130,7 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     return training.start(None), 0, 0.0
 
 
-def _warn_of_scale(source: Source, config: ConfigDict) -> None:
+def warn_of_scale(source: Source, config: ConfigDict) -> None:
     """Say so when the latents are far from the standard deviation that the preconditioning assumes."""
     sigma_data = config.diffusion.sigma_data
     if source.rms is not None and not 0.5 <= source.rms * config.data.latent_scale / sigma_data <= 2:
