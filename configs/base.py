@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     data.source = ""  # digits, latents:FOLDER, folder:PATH or tfds:NAME
     data.space = "latents"  # what the model sees: latents, or pixels in [-1, 1]
     data.latent_scale = 0.18215  # latents = latent_scale · autoencoder output; only for cached moments
-    data.num_threads = 4  # reading threads of each process
+    data.num_threads = 4  # reading threads of each process; 1 is fastest for latents in the page cache
     data.flip = False  # mirror half of the images of folder: and tfds:
     data.max_zoom = 1.0  # random short side of 1 … max_zoom · image_size, random crop; 1: centre crop
 

@@ -12,6 +12,7 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.data.source = "latents:data/custom"
+    config.data.num_threads = 1
     config.vae = "sd-vae-ft-ema"  # previews and samples as pixels
     config.model.size = "B/2"
     config.model.image_size = 32  # resolution / 8

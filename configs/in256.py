@@ -13,4 +13,5 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.data.source = "latents:data/in256"
+    config.data.num_threads = 1
     return config
