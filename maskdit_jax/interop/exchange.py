@@ -76,30 +76,18 @@ def import_torch(
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir} exists and is not an empty folder: choose a new one")
-    if isinstance(source, Mapping):
-        where, num_bytes, content, beside = "the state dict", None, dict(source), {}
-    else:
-        where, path = str(source), Path(source)
-        content = read_file(path)
-        num_bytes, beside = path.stat().st_size, _read_config(path)
+    where, num_bytes, content, beside = _read(source)
     sets = _weight_sets(content, where, beside.get("weights", "ema"))
-    places = {name: f"{where}{' (EMA)' if len(sets) == 2 and name == 'ema' else ''}" for name in sets}
+    places = {name: f"{where} (EMA)" if len(sets) == 2 and name == "ema" else where for name in sets}
     shapes = {name: shapes_of(tensors, places[name], num_bytes) for name, tensors in sets.items()}
     options = _read_checked_options(next(iter(shapes.values())), where)
     _compare_with_expected(options, where, model=model, image_size=image_size, num_classes=num_classes)
     options |= _read_heads(options, where, beside, num_heads, decoder_num_heads)
     config = _config_of(options, beside)
 
-    def expected() -> Params:
-        return to_torch(
-            init_params(network_options(config), 0),
-            image_size=options["image_size"],
-            patch_size=options["patch_size"],
-        )
-
-    expected_shapes = {key: tuple(x.shape) for key, x in jax.eval_shape(expected).items()}
+    expected = _expected_shapes(config)
     for name, found in shapes.items():
-        check_shapes(found, expected_shapes, places[name], _describe(options))
+        check_shapes(found, expected, places[name], _describe(options))
     params = {}
     for name, tensors in sets.items():
         arrays = as_float32(tensors, places[name])
@@ -119,6 +107,21 @@ def import_torch(
         + ("raw weights and EMA" if len(params) == 2 else "one set, for raw weights and EMA")
         + "; no optimizer state: training from it (--config.init_from) starts a fresh optimizer"
     )
+
+
+def _read(source: str | Path | Tensors) -> tuple[str, int | None, dict[str, Any], dict[str, Any]]:
+    """Where from, for messages; the size of the file; its content; what the config.json beside it says."""
+    if isinstance(source, Mapping):
+        return "the state dict", None, dict(source), {}
+    path = Path(source)
+    content = read_file(path)
+    return str(source), path.stat().st_size, content, _read_config(path)
+
+
+def _expected_shapes(config: ConfigDict) -> Shapes:
+    sizes = {name: config.model[name] for name in ("image_size", "patch_size")}
+    tensors = jax.eval_shape(lambda: to_torch(init_params(network_options(config), 0), **sizes))
+    return {name: tuple(x.shape) for name, x in tensors.items()}
 
 
 def _weight_sets(content: Mapping[str, Any], where: str, single: str) -> dict[str, Tensors]:

@@ -29,17 +29,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         row were not finite.
     """
     steps = config.training.num_steps
-    source = open_source(
-        config.data.source,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-        num_classes=config.model.num_classes,
-        space=config.data.space,
-        seed=config.seed,
-        flip=config.data.flip,
-        max_zoom=config.data.max_zoom,
-    )
-    warn_of_scale(source, config)
+    source = _open_source(config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
@@ -128,6 +118,21 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
         log.info(f"weights and EMA from step {step:,} of {config.init_from}; the optimizer starts fresh")
         return state, 0, 0.0
     return training.start(None), 0, 0.0
+
+
+def _open_source(config: ConfigDict) -> Source:
+    source = open_source(
+        config.data.source,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        num_classes=config.model.num_classes,
+        space=config.data.space,
+        seed=config.seed,
+        flip=config.data.flip,
+        max_zoom=config.data.max_zoom,
+    )
+    warn_of_scale(source, config)
+    return source
 
 
 def warn_of_scale(source: Source, config: ConfigDict) -> None:
