@@ -15,7 +15,7 @@ from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
 from maskdit_jax.models.maskdit import MaskDiT
 from maskdit_jax.models.masking import random_mask, restore_tokens
-from maskdit_jax.training.mesh import batch_sharding, state_shardings
+from maskdit_jax.training.mesh import AXES, batch_sharding, make_mesh, state_shardings
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
     keep_schedule,
@@ -39,6 +39,7 @@ TINY = {
     "decoder_num_heads": 2,
 }
 NUM_TOKENS = 16
+ONE_DEVICE = jax.make_mesh((1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
 OPTIONS = StepOptions(
     seed=3,
     patch_size=2,
@@ -79,8 +80,8 @@ def adamw(learning_rate: float = 1e-3) -> optax.GradientTransformation:
 @functools.cache
 def train_step(**options):
     """The jitted step; tests share the programs, so they use one batch size."""
-    step = make_train_step(network_graph(TINY), adamw(), dataclasses.replace(OPTIONS, **options))
-    return jax.jit(step, static_argnums=2)
+    options = dataclasses.replace(OPTIONS, **options)
+    return jax.jit(make_train_step(network_graph(TINY), adamw(), options, ONE_DEVICE), static_argnums=2)
 
 
 def assert_trees_close(actual, expected, rtol: float, atol: float = 0.0) -> None:
@@ -215,12 +216,12 @@ def test_accumulated_microbatches_equal_the_whole_batch():
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (1, 8)])
 def test_one_step_on_eight_devices_equals_the_step_on_one(data, fsdp):
     """Losses, gradient and parameters, whatever the mesh: the draws do not depend on it."""
-    mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(data, fsdp)
     state, batch = init_state(trained_params(), adamw()), batch_of()
     single, single_metrics = train_step()(state, batch, 8)
     shardings = state_shardings(state, mesh)
     step = jax.jit(
-        make_train_step(network_graph(TINY), adamw(), OPTIONS),
+        make_train_step(network_graph(TINY), adamw(), OPTIONS, mesh),
         static_argnums=2,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
@@ -234,7 +235,7 @@ def test_one_step_on_eight_devices_equals_the_step_on_one(data, fsdp):
 
 
 def test_large_parameters_are_cut_over_fsdp_and_small_ones_are_whole():
-    mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(1, 8)
     shapes = {"stacked": jnp.zeros((4, 128, 384)), "bias": jnp.zeros(384), "odd": jnp.zeros((131, 131))}
     specs = jax.tree.map(lambda s: s.spec, state_shardings(shapes, mesh))
     assert specs["stacked"] == PartitionSpec(None, None, "fsdp")
@@ -284,7 +285,7 @@ def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     """The same losses and gradients from one set of parameters."""
 
     def gradient(extra):
-        step = make_train_step(network_graph(TINY | extra), adamw(), OPTIONS)
+        step = make_train_step(network_graph(TINY | extra), adamw(), OPTIONS, ONE_DEVICE)
         state, metrics = jax.jit(step, static_argnums=2)(init_state(trained_params(), adamw()), batch_of(), 8)
         return metrics, state.opt_state[1][0].mu
 
@@ -294,7 +295,7 @@ def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
 
 
 def test_half_precision_stays_close_and_keeps_float32_parameters():
-    half = make_train_step(network_graph(TINY | {"precision": "bfloat16"}), adamw(), OPTIONS)
+    half = make_train_step(network_graph(TINY | {"precision": "bfloat16"}), adamw(), OPTIONS, ONE_DEVICE)
     state = init_state(trained_params(), adamw())
     new_state, metrics = jax.jit(half, static_argnums=2)(state, batch_of(), 8)
     reference = train_step()(state, batch_of(), 8)[1]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from maskdit_jax.errors import UserError
 from maskdit_jax.interop.names import (
@@ -20,7 +20,7 @@ from maskdit_jax.interop.names import (
 from maskdit_jax.interop.torch_io import as_float32, check_shapes, read_file, shapes_of
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.maskdit import PRECISIONS
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, repeat_to
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, repeat_to, to_mesh, whole_sharding
 from maskdit_jax.training.state import Params
 
 # Pixels that a device works on at a time; an image more than these is a batch of its own.
@@ -65,7 +65,7 @@ class Autoencoder:
         )
         self._graphdef = nnx.split(network)[0]
         self.mesh = make_mesh(jax.device_count(), 1)
-        self.params = jax.device_put(file.params, NamedSharding(self.mesh, PartitionSpec()))
+        self.params = jax.tree.map(lambda x: to_mesh(x, whole_sharding(self.mesh)), file.params)
         self.sha256 = file.sha256
         self.latent_scale, self.channels = file.latent_scale, file.options["latent_channels"]
         self.factor = 2 ** (len(file.options["block_out_channels"]) - 1)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from maskdit_jax.config import ConfigDict, network_options
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, whole_sharding
 from maskdit_jax.training.optimizer import keep_schedule, learning_rate_schedule, make_optimizer
 from maskdit_jax.training.state import (
     TrainState,
@@ -77,11 +77,11 @@ def build(config: ConfigDict) -> Training:
     state_shapes = place_shapes(jax.eval_shape(start), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
     step = jax.jit(
-        make_train_step(graphdef, optimizer, options),
+        make_train_step(graphdef, optimizer, options, mesh),
         static_argnums=2,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        out_shardings=(shardings, whole_sharding(mesh)),
     )
     return Training(
         mesh=mesh,

@@ -1,24 +1,51 @@
 """The device mesh, and where each array lies on it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Arrays smaller than this are kept whole on every device: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 2**14
 
 
+AXES = ("data", "fsdp")
+
+
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """Mesh over all devices with the axes `data` and `fsdp`."""
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    """Mesh over all devices of all processes with the axes `data` and `fsdp`.
+
+    A process's devices stand side by side, so that parameters are shared within a host as far as
+    `fsdp` lets them, only gradients cross the network, and a process's items of a batch are
+    consecutive.
+    """
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Items of a batch over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def whole_sharding(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def to_mesh(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, as one array on the devices of all of them."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array on every process, wherever its parts lie."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def repeat_to(x: np.ndarray | jax.Array, count: int) -> np.ndarray | jax.Array:
@@ -29,10 +56,7 @@ def repeat_to(x: np.ndarray | jax.Array, count: int) -> np.ndarray | jax.Array:
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A sharding for every array of a pytree of arrays or shapes: over `fsdp` where that divides it."""
 
-    def place(x) -> NamedSharding:
-        return NamedSharding(mesh, _fsdp_spec(x.shape, mesh.shape["fsdp"]))
-
-    return jax.tree.map(place, state)
+    return jax.tree.map(lambda x: NamedSharding(mesh, _fsdp_spec(x.shape, mesh)), state)
 
 
 def place_shapes(shapes: Any, mesh: Mesh) -> Any:
@@ -42,10 +66,49 @@ def place_shapes(shapes: Any, mesh: Mesh) -> Any:
     )
 
 
-def _fsdp_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+def _fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The longest dimension that `fsdp` divides is cut; the last such, so that stacked layers stay whole."""
+    fsdp = mesh.shape["fsdp"]
     divisible = [i for i, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE or not divisible:
         return PartitionSpec()
     longest = max(divisible, key=lambda i: (shape[i], i))
     return PartitionSpec(*("fsdp" if i == longest else None for i in range(len(shape))))
+
+
+def mean_over_devices(
+    gradient: Callable[[Any, Any], tuple[Any, Any]], params: Any, batch: Any, mesh: Mesh
+) -> tuple[Any, Any]:
+    """gradient(params, items) → (gradient like params, metrics), averaged over all devices' items.
+
+    Each device sees whole parameters, gathered from their shards, and its own items of the batch;
+    of the mean it keeps what `state_shardings` gives it (ZeRO, arXiv 1910.02054). The collectives are
+    written out because, left to the compiler, bfloat16 products are summed between devices in
+    bfloat16 and activations are moved about to suit the cut of the parameters.
+    """
+    specs = jax.tree.map(lambda x: _fsdp_spec(x.shape, mesh), params)
+
+    def gather(shard, spec):
+        if spec == PartitionSpec():
+            return shard
+        return jax.lax.all_gather(shard, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+
+    def average(x, spec):
+        x = x.astype(jnp.float32) / mesh.size
+        if spec == PartitionSpec():
+            return jax.lax.psum(x, AXES)
+        cut = tuple(spec).index("fsdp")
+        return jax.lax.psum(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=cut, tiled=True), "data")
+
+    def on_one_device(shards, items):
+        grads, metrics = gradient(jax.tree.map(gather, shards, specs), items)
+        return jax.tree.map(average, grads, specs), jax.lax.pmean(metrics, AXES)
+
+    # check_vma=False: with it, differentiation would insert reductions of its own, in bfloat16.
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec(AXES)),
+        out_specs=(specs, PartitionSpec()),
+        check_vma=False,
+    )(params, batch)

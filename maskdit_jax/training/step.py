@@ -1,5 +1,6 @@
 """One training step: a pure function of the state and a batch."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import NoisyBatch, draw_noisy_batch, maskdit_loss
+from maskdit_jax.training.mesh import mean_over_devices
 from maskdit_jax.training.state import TrainState, update_ema
 
 Metrics = dict[str, jax.Array]
@@ -35,13 +38,14 @@ class StepOptions:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, options: StepOptions
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, Metrics]]:
     """train_step(state, batch, num_keep) → state, metrics; num_keep is static, each value a program.
 
     batch: `label` [B] int, and `latents` [B, H, W, C] or `moments` [B, H, W, 2C]. Every random number is
     a function of (seed, step, place in the batch), so neither the mesh nor a restart changes a run.
-    A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were.
+    A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were:
+    both are sums over all devices, so all of them skip it or none.
     """
 
     def batch_loss(params, noisy_batch: NoisyBatch):
@@ -71,7 +75,12 @@ def make_train_step(
             num_tokens=options.num_tokens,
             num_keep=num_keep,
         )
-        grads, metrics = mean_gradient(batch_loss, state.params, noisy_batch, options.accumulate)
+        grads, metrics = mean_over_devices(
+            functools.partial(mean_gradient, batch_loss, accumulate=options.accumulate),
+            state.params,
+            noisy_batch,
+            mesh,
+        )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
@@ -107,7 +116,7 @@ def mean_gradient(
     noisy_batch: NoisyBatch,
     accumulate: int,
 ) -> tuple[Any, Metrics]:
-    """Gradient and metrics of the batch: the mean over `accumulate` microbatches, one after the other."""
+    """Gradient and metrics of a batch: the mean over `accumulate` microbatches, one after the other."""
     value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
 
     def of_microbatch(microbatch: NoisyBatch) -> tuple[Any, Metrics]:
@@ -117,9 +126,8 @@ def mean_gradient(
     if accumulate == 1:
         return of_microbatch(noisy_batch)
 
-    # Every microbatch takes its part of every device's items: [B] → [accumulate, B / accumulate].
-    def cut(x):
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+    def cut(x):  # [B] → [accumulate, B / accumulate]
+        return x.reshape(accumulate, -1, *x.shape[1:])
 
     def add_microbatch(total, microbatch):
         return jax.tree.map(jnp.add, total, of_microbatch(microbatch)), None
