@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 5_000  # updates between checkpoints
     checkpoint.keep = 3  # newest checkpoints kept
+    checkpoint.keep_every_steps = 0  # checkpoints of every so many updates are kept for good; 0: none
 
     config.report = report = ConfigDict()
     report.every_steps = 100  # updates between progress lines

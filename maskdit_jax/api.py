@@ -22,7 +22,7 @@ from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints, open_run
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, repeat_to
+from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, repeat_to, to_host, to_mesh
 from maskdit_jax.training.state import Params, init_params, network_graph
 
 log = logging.getLogger("maskdit_jax")
@@ -59,22 +59,24 @@ def load(
     for name, value, choices in (("weights", weights, WEIGHTS), ("precision", precision, PRECISIONS)):
         if value is not None and value not in choices:
             raise UserError(f"{name}={value!r} is unknown; known: {', '.join(choices)}")
-    checkpoints, config = open_run(path)
+    checkpoints, mesh = open_run(path), make_mesh(jax.device_count(), 1)
+    step, meta, params = checkpoints.newest_healthy(
+        lambda step, meta: _restore(checkpoints, step, meta, mesh, weights)
+    )
+    checkpoints.close()
+    config = ConfigDict(meta["config"])
     config.model.precision = precision or config.model.precision
     if vae is None:
-        vae = config.get("vae")  # an import, and a run older than this option, has none
+        vae = config.get("vae")  # an import has none
     autoencoder = load_autoencoder(vae, config.model.precision) if vae else None
-    mesh = make_mesh(jax.device_count(), 1)
-    origin = Origin(Path(path), checkpoints.latest_step, weights)
-    params = _restore(checkpoints, config, mesh, origin)
+    origin = Origin(Path(path), step, weights)
     return Model(config, params, mesh, origin=origin, autoencoder=autoencoder)
 
 
-def _restore(checkpoints: Checkpoints, config: ConfigDict, mesh: Mesh, origin: Origin) -> Params:
-    shapes = jax.eval_shape(lambda: init_params(network_options(config), 0))
-    params = checkpoints.restore_weights(WEIGHTS[origin.weights], place_shapes(shapes, mesh), origin.step)
-    checkpoints.close()
-    return params
+def _restore(checkpoints: Checkpoints, step: int, meta: dict[str, Any], mesh: Mesh, weights: str) -> Params:
+    options = network_options(ConfigDict(meta["config"]))
+    shapes = place_shapes(jax.eval_shape(lambda: init_params(options, 0)), mesh)
+    return checkpoints.restore_weights(step, meta, WEIGHTS[weights], shapes)
 
 
 class Model:
@@ -113,7 +115,7 @@ class Model:
         labels: Sequence[int] | None = None,
         *,
         noise: np.ndarray | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
         **options: Any,
     ) -> np.ndarray:
         """Samples [n, H, W, C] float32, one for each seed: latents, or with an autoencoder images in [-1, 1].
@@ -124,7 +126,8 @@ class Model:
           seeds: integers 0 … 2³² - 1.
           labels: classes, -1 = no class; by default seed modulo the number of classes.
           noise: unit normal noise [n, H, W, C] to start from, instead of the draws from the seeds.
-          batch_size: images per call of the network, rounded up to a multiple of the devices.
+          batch_size: images of one call of the network on each device. The last call is filled up, so that
+            there is one program, and an image the same to the last bit on any number of devices.
           **options: fields of `SamplerOptions` (cfg_scale, num_steps, guidance_interval, solver, …);
             the others come from the run's configuration.
 
@@ -137,16 +140,14 @@ class Model:
             raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        devices = self.mesh.size
-        batch_size = -(-batch_size // devices) * devices
+        batch_size *= self.mesh.size
         images = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
-            # The last batch is filled up, so that there is one program.
             filled = [repeat_to(x[part], batch_size) for x in (seeds, labels, noise) if x is not None]
             batch = _sample(
                 self.params,
-                *jax.device_put(filled, batch_sharding(self.mesh)),
+                *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
                 graphdef=self._graphdef,
                 sigma_data=self.config.diffusion.sigma_data,
                 image_shape=self.image_shape,
@@ -154,7 +155,7 @@ class Model:
             )
             if self.autoencoder:
                 batch = self.autoencoder.decode(batch / self.config.data.latent_scale)
-            images.append(np.asarray(batch)[: len(seeds[part])])
+            images.append(to_host(batch)[: len(seeds[part])])
         return np.concatenate(images)
 
     @property
@@ -173,7 +174,11 @@ class Model:
         if weights == self.origin.weights:
             return self
         origin = self.origin._replace(weights=weights)
-        params = _restore(open_run(origin.workdir)[0], self.config, self.mesh, origin)
+        checkpoints = open_run(origin.workdir)
+        if origin.step not in checkpoints.steps:
+            raise UserError(f"{origin.workdir} no longer holds step {origin.step:,}: load it anew")
+        params = _restore(checkpoints, origin.step, checkpoints.meta(origin.step), self.mesh, weights)
+        checkpoints.close()
         return Model(self.config, params, self.mesh, origin=origin, autoencoder=self.autoencoder)
 
     def sampler_options(self, **options: Any) -> SamplerOptions:

@@ -73,8 +73,8 @@ POSITIVE = """
 """.split()
 NOT_NEGATIVE = """
     seed model.num_classes diffusion.mae_coef optimizer.warmup_kimg optimizer.weight_decay
-    optimizer.clip_norm mesh.data report.preview_steps sampling.S_churn sampling.S_min sampling.S_max
-    sampling.S_noise sampling.cfg_scale evaluation.num_samples
+    optimizer.clip_norm mesh.data checkpoint.keep_every_steps report.preview_steps sampling.S_churn
+    sampling.S_min sampling.S_max sampling.S_noise sampling.cfg_scale evaluation.num_samples
 """.split()
 SHARES = """
     diffusion.label_dropout diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay

@@ -1,12 +1,19 @@
-"""Command: train what a configuration describes. The same command again resumes."""
+"""Command: train what a configuration describes. The same command again resumes.
 
+Exit codes: 0 finished, 2 an error of one line, 75 saved after SIGTERM, 76 another process of the run
+was lost; after 75 and 76 the same command goes on.
+"""
+
+import contextlib
 from pathlib import Path
 
 import jax
 
 from maskdit_jax.config import load, resolve
-from maskdit_jax.errors import Parser, one_line_errors
+from maskdit_jax.errors import Parser
 from maskdit_jax.evaluation.card import finish
+from maskdit_jax.files import locked
+from maskdit_jax.training.hosts import add_flags, joined
 from maskdit_jax.training.loop import train
 from maskdit_jax.training.report import log_to_stdout
 
@@ -16,13 +23,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("python -m maskdit_jax.main", description=__doc__)
     parser.add_argument("--config", required=True, help="file such as configs/digits.py")
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    add_flags(parser)
     parser.epilog = "--config.section.key=value overrides an option; configs/base.py lists them all."
     flags, overrides = parser.parse_known_args(arguments)
     log_to_stdout()
-    with one_line_errors():
+    with joined(flags) as peers:
         config = resolve(load(flags.config, overrides), device_count=jax.device_count())
-        train(config, flags.workdir)
-        finish(flags.workdir)
+        first = jax.process_index() == 0
+        with locked(flags.workdir) if first else contextlib.nullcontext():
+            train(config, flags.workdir, peers)
+            finish(flags.workdir)
 
 
 if __name__ == "__main__":

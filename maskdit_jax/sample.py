@@ -1,6 +1,7 @@
 """Command: images or latents from a run folder.
 
-An image depends on the weights, its seed, its label and the options only, not on the batch or the devices.
+An image depends on the weights, its seed, its label and the options only, not on the devices or processes.
+All processes of the command sample; each image is written by one of them.
 """
 
 import argparse
@@ -8,14 +9,16 @@ import dataclasses
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from maskdit_jax.api import MAX_SEED, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
-from maskdit_jax.errors import Parser, UserError, one_line_errors
+from maskdit_jax.errors import Parser, UserError
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.checkpoint import WEIGHTS
+from maskdit_jax.training.hosts import add_flags, joined
 from maskdit_jax.training.report import log, log_to_stdout
 
 FORMATS = ("png", "npz", "grid")
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 3,5,7-9")
     parser.add_argument("--labels", help="one class, or one for each seed; default: seed mod classes")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=16, help="images of one call on each device")
     parser.add_argument("--weights", choices=WEIGHTS, default="ema")
     parser.add_argument("--vae", help="autoencoder that makes pixels of latents: diffusers folder or .pth")
     parser.add_argument("--precision", choices=PRECISIONS, help="of compute; default: the run's")
@@ -38,9 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     for field in dataclasses.fields(SamplerOptions):
         if field.name != "guidance_interval":
             parser.add_argument(f"--{field.name}", type=field.type, help="default: the run's")
+    add_flags(parser)
     flags = parser.parse_args(arguments)
     log_to_stdout()
-    with one_line_errors():
+    with joined(flags):
         model = load(flags.workdir, flags.weights, precision=flags.precision, vae=flags.vae)
         write_samples(model, flags)
 
@@ -63,23 +67,25 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
 
     flags.out.mkdir(parents=True, exist_ok=True)
     kept, started = [], time.monotonic()
-    for start in range(0, len(seeds), flags.batch_size):
-        part = slice(start, start + flags.batch_size)
+    process, at_once = jax.process_index(), flags.batch_size * model.mesh.size
+    for start in range(0, len(seeds), at_once):
+        part = slice(start, start + at_once)
         samples = model.sample(
             seeds[part], labels[part], batch_size=flags.batch_size, **dataclasses.asdict(options)
         )
         if model.makes_pixels:
             samples = to_uint8(samples)
         if "png" in formats:
-            for seed, image in zip(seeds[part], samples, strict=True):
+            mine = slice(process, None, jax.process_count())
+            for seed, image in zip(seeds[part][mine], samples[mine], strict=True):
                 save_png(flags.out / f"{seed:06d}.png", image)
-        if "npz" in formats or start < MAX_GRID:
+        if process == 0 and ("npz" in formats or start < MAX_GRID):
             kept.append(samples)
         log.info(f"{start + len(samples):,}/{len(seeds):,} samples")
-    if "npz" in formats:
+    if "npz" in formats and process == 0:
         samples = np.concatenate(kept)
         np.savez(flags.out / "samples.npz", samples=samples, seeds=seeds, labels=labels)
-    if "grid" in formats:
+    if "grid" in formats and process == 0:
         shown = np.concatenate(kept)[:MAX_GRID]
         save_png(flags.out / "grid.png", tile(shown, columns=round(len(shown) ** 0.5)))
     seconds = time.monotonic() - started

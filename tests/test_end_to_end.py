@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from maskdit_jax import load, main, sample
+from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import to_uint8
 from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import Checkpoints, open_run
@@ -108,9 +109,11 @@ def _restore_logging():
 
 def restored(workdir: Path) -> tuple[TrainState, dict]:
     """Newest state and metadata of a run, on the devices of this process."""
-    checkpoints, config = open_run(workdir)
-    config.mesh.data = jax.device_count()
-    state, meta = checkpoints.restore(build(config).state_shapes), checkpoints.meta()
+    checkpoints = open_run(workdir)
+    meta = checkpoints.meta(checkpoints.steps[-1])
+    config = ConfigDict(meta["config"])
+    config.mesh.data, config.mesh.fsdp = jax.device_count(), 1
+    state = checkpoints.restore(checkpoints.steps[-1], meta, build(config).state_shapes)
     checkpoints.close()
     return state, meta
 

@@ -445,6 +445,6 @@ def test_full_disk_leaves_nothing_behind(kind, run, tmp_path):
 def test_import_says_where_it_is_from(tensors, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     import_torch(tmp_path / "model.safetensors", tmp_path / "imported", **HEADS)
-    checkpoints, _ = open_run(tmp_path / "imported")
-    assert checkpoints.meta()["imported_from"] == str(tmp_path / "model.safetensors")
+    checkpoints = open_run(tmp_path / "imported")
+    assert checkpoints.meta(checkpoints.steps[-1])["imported_from"] == str(tmp_path / "model.safetensors")
     checkpoints.close()

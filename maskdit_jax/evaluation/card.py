@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from maskdit_jax.api import Model, load
@@ -14,6 +15,7 @@ from maskdit_jax.data.sources import Digits
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.files import appears_whole
 from maskdit_jax.training.checkpoint import FOLDER, open_run
+from maskdit_jax.training.hosts import from_first
 from maskdit_jax.training.report import sample_grid
 
 log = logging.getLogger("maskdit_jax")
@@ -24,23 +26,28 @@ CARD, GRID = "card.json", "samples.png"
 def finish(workdir: Path) -> None:
     """Sample grid and, if the run asks for one, evaluation card of the run's newest checkpoint.
 
-    Only what is missing or older than the checkpoint is made; the card is printed in any case.
+    Only what is missing or older than the checkpoint is made; the card is printed in any case. All
+    processes of the run sample, the first one writes.
     """
-    checkpoints, config = open_run(workdir)
-    step, meta = checkpoints.latest_step, checkpoints.meta()
+    checkpoints = open_run(workdir)
+    step, meta, _ = checkpoints.newest_healthy(lambda *_: None)
     checkpoints.close()
     card_file, grid_file = workdir / CARD, workdir / GRID
     card = json.loads(card_file.read_text()) if card_file.exists() else {}
-    wanted = config.evaluation.num_samples
+    wanted = meta["config"]["evaluation"]["num_samples"]
     saved_at = (workdir / FOLDER / str(step)).stat().st_mtime
     grid_is_new = grid_file.exists() and grid_file.stat().st_mtime >= saved_at
-    if not grid_is_new or (wanted and card.get("step") != step):
+    if from_first(not grid_is_new or bool(wanted and card.get("step") != step)):
         model = load(workdir)
-        save_png(grid_file, sample_grid(model))
+        grid = sample_grid(model)
+        card = digits_card(model, wanted) if wanted else {}
+        if jax.process_index() > 0:
+            return
+        save_png(grid_file, grid)
         if wanted:
             card = {
                 "step": step,
-                **digits_card(model, wanted),
+                **card,
                 "training_s": meta["seconds"],
                 "training_images_per_s": meta["items_consumed"] / meta["seconds"],
             }
@@ -74,7 +81,7 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
     results = {}
     for name, scale in (("guided", guided_scale), ("unguided", 1.0)):
         started = time.monotonic()
-        images = model.sample(seeds, labels, cfg_scale=scale, batch_size=512)
+        images = model.sample(seeds, labels, cfg_scale=scale, batch_size=-(-512 // model.mesh.size))
         results[name] = {
             "cfg_scale": scale,
             "class_share": float((classifier.predict(_features(images)) == labels).mean()),

@@ -1,109 +1,245 @@
-"""Checkpoints of a run, written by Orbax in the background: state, position in the data, configuration."""
+"""Checkpoints of a run: written by Orbax in the background, and never trusted unread: all carry digests."""
 
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.errors import UserError
+from maskdit_jax.training.digest import digest
+from maskdit_jax.training.hosts import everywhere, from_first
 from maskdit_jax.training.state import Params, TrainState
 
-FOLDER = "checkpoints"
+log = logging.getLogger("maskdit_jax")
+
+FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 # The two sets of weights by the names of the flags, and the items that hold them.
 WEIGHTS = {"ema": "ema_params", "params": "params"}
 _ARRAYS = ("params", "ema_params", "opt_state")
+# What Orbax and TensorStore raise for files that are missing, cut short, altered, or cannot be written.
+_FILE_ERRORS = (OSError, ValueError, LookupError, TypeError)
+T = TypeVar("T")
+
+
+class DamagedError(UserError):
+    """A checkpoint cannot be read back as it was written."""
 
 
 class Checkpoints:
     """The checkpoints under `workdir/checkpoints`, one folder per step.
 
     A step holds the items params, ema_params, opt_state, counters and meta (JSON: configuration,
-    items consumed, seconds trained). It appears in one rename, when all of it is on disk. An import
-    holds no training state, but weights and meta alone, and says so in meta["imported_from"].
+    items consumed, seconds trained, and a digest of every item, its own included). It appears in
+    one rename, when all of it is on disk. An import holds no training state, but weights and meta
+    alone, and says so in meta["imported_from"].
+
+    With `keep` it is the run's writer: it keeps the newest `keep` steps and those that
+    `keep_every_steps` divides, and removes what a killed writer left. Otherwise it only reads. Every
+    process of a run calls the same methods in the same order.
     """
 
-    def __init__(self, workdir: str | Path, keep: int | None = None):
+    def __init__(self, workdir: str | Path, keep: int | None = None, keep_every_steps: int = 0):
         self.folder = Path(workdir).absolute() / FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if keep is None:
+            self._options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            self._options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
+            )
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        self._saving: int | None = None  # the step being written
+        self._failure = ""  # of the newest attempt to write one
 
     @property
-    def latest_step(self) -> int | None:
-        """Number of the newest step, None when there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Numbers of the steps on disk, the newest last."""
+        return from_first(sorted(self._manager.all_steps()))
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start to write a step; returns when the arrays are copied, so that they may be donated."""
-        counters = {
-            "nonfinite_in_row": state.nonfinite_in_row,
-            "nonfinite_total": state.nonfinite_total,
-            "step": state.step,
-        }
-        arrays = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ARRAYS}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                **arrays,
-                counters=ocp.args.StandardSave(counters),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        """Start to write a step; returns when the arrays are copied, so that they may be donated.
+
+        A step that cannot be written, now or in the background, is reported and given up.
+        """
+        items = {name: getattr(state, name) for name in _ARRAYS} | {"counters": _counters(state)}
+        self._start(int(state.step), items, meta)
 
     def save_weights(self, step: int, weights: dict[str, Params], meta: dict[str, Any]) -> None:
-        """Start to write a step that holds weights only: `params`, `ema_params` or both."""
-        items = {name: ocp.args.StandardSave(params) for name, params in weights.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
-
-    def restore(self, shapes: TrainState) -> TrainState:
-        """The newest state, placed as the ShapeDtypeStructs of `shapes` say."""
-        counters = {
-            "nonfinite_in_row": shapes.nonfinite_in_row,
-            "nonfinite_total": shapes.nonfinite_total,
-            "step": shapes.step,
-        }
-        arrays = {name: ocp.args.StandardRestore(getattr(shapes, name)) for name in _ARRAYS}
-        items = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(**arrays, counters=ocp.args.StandardRestore(counters)),
-        )
-        return TrainState(**{name: items[name] for name in _ARRAYS}, **items["counters"])
-
-    def restore_weights(self, item: str, shapes: Params, step: int | None = None) -> Params:
-        """`params` or `ema_params` alone, of the newest step or of `step`; one set stands for both.
+        """Write a step that holds weights only: `params`, `ema_params` or both.
 
         Raises:
-          UserError: the step is no longer there.
+          UserError: it cannot be written.
         """
-        step = self.latest_step if step is None else step
-        if step not in self._manager.all_steps():
-            raise UserError(f"{self.folder} no longer holds step {step:,}; newest: {self.latest_step:,}")
-        if not (self.folder / str(step) / item).is_dir():
-            (item,) = (name for name in WEIGHTS.values() if name != item)
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)})
-        return self._manager.restore(step, args=args)[item]
+        self._start(step, weights, meta)
+        if problem := self.settle():
+            raise UserError(f"the weights could not be written to {self.folder}: {problem}")
 
-    def meta(self) -> dict[str, Any]:
-        """What the newest step says of itself."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest_step, args=args)["meta"]
+    def _start(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
+        self.settle()
+        meta = json.loads(json.dumps(meta)) | {"digests": {name: digest(x) for name, x in items.items()}}
+        meta["digests"]["meta"] = _meta_digest(meta)
+        arrays = {name: ocp.args.StandardSave(x) for name, x in items.items()}
+        self._saving, self._failure = step, ""
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))
+        except _FILE_ERRORS as error:
+            self._fail(error)
+
+    def poll(self) -> None:
+        """Report, without waiting, that the save under way has failed."""
+        if self._saving is not None and not self._failure:
+            try:
+                self._manager.check_for_errors()
+            except _FILE_ERRORS as error:
+                self._fail(error)
+
+    def settle(self) -> str:
+        """Wait for the save under way; why the newest attempt failed, "" if it did not."""
+        if self._saving is None:
+            return self._failure
+        try:
+            self._manager.wait_until_finished()
+        except _FILE_ERRORS as error:
+            self._fail(error)
+        self._saving = None
+        if not everywhere(not self._failure):
+            self._failure = self._failure or "another process could not write its part"
+            with contextlib.suppress(*_FILE_ERRORS):
+                self._manager.close()
+            # A new manager removes the unfinished files, which may be what fills the disk.
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        return self._failure
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failure:
+            self._failure = _one_line(error)
+            log.warning(f"warning: checkpoint {self._saving:,} could not be written: {self._failure}")
+
+    def newest_healthy(self, read: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
+        """Step, meta and read(step, meta) of the newest step that can be read; damaged ones are reported.
+
+        Raises:
+          UserError: there is none, or `read` raised it.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                meta = self.meta(step)
+                return step, meta, read(step, meta)
+            except DamagedError as error:
+                log.warning(f"warning: passed over: {error}")
+        raise UserError(f"none of the {len(steps)} checkpoints in {self.folder} can be read")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What a step says of itself.
+
+        Raises:
+          DamagedError: it cannot be read, or it was altered.
+        """
+        meta = self._read(step, "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        if not isinstance(meta, dict) or _meta_digest(meta) != meta["digests"].get("meta"):
+            raise self._damaged(step, "meta", "it is not what was written")
+        return meta
+
+    def restore(self, step: int, meta: dict[str, Any], shapes: TrainState) -> TrainState:
+        """The state of a step, placed as the ShapeDtypeStructs of `shapes` say.
+
+        Raises:
+          DamagedError: an item of it cannot be read, or was altered.
+        """
+        items = {name: self._restore(step, meta, name, getattr(shapes, name)) for name in _ARRAYS}
+        return TrainState(**items, **self._restore(step, meta, "counters", _counters(shapes)))
+
+    def restore_weights(self, step: int, meta: dict[str, Any], item: str, shapes: Params) -> Params:
+        """`params` or `ema_params` alone; one set stands for both.
+
+        Raises:
+          DamagedError: it cannot be read, or was altered.
+        """
+        if item not in meta["digests"]:
+            (item,) = (name for name in WEIGHTS.values() if name != item)
+        return self._restore(step, meta, item, shapes)
+
+    def _restore(self, step: int, meta: dict[str, Any], item: str, shapes: Any) -> Any:
+        restored = self._read(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(shapes))
+        if digest(restored) != meta["digests"][item]:
+            raise self._damaged(step, item, "its values are not those that were saved")
+        return restored
+
+    def _read(self, step: int, item: str, handler: type, args: Any) -> Any:
+        """An item, in every process or in none; each reads alone, so that none waits for one that failed."""
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=str(jax.process_index()),
+        )
+        problem, content = "", None
+        try:
+            with ocp.Checkpointer(
+                handler(multiprocessing_options=alone), multiprocessing_options=alone
+            ) as reader:
+                content = reader.restore(self.folder / str(step) / item, args=args)
+        except _FILE_ERRORS as error:
+            problem = _one_line(error)
+        if not everywhere(not problem):
+            raise self._damaged(step, item, problem or "another process cannot read it")
+        return content
+
+    def _damaged(self, step: int, item: str, problem: str) -> DamagedError:
+        return DamagedError(f"checkpoint {step:,} in {self.folder} is damaged: {item}: {problem}")
+
+    def set_aside_after(self, step: int) -> None:
+        """Move the steps after `step`, which are damaged, out of the way of those that will be written."""
+        later = [s for s in self.steps if s > step]
+        if later and jax.process_index() == 0:
+            for damaged in later:
+                aside = self.folder.parent / DAMAGED_FOLDER
+                aside.mkdir(exist_ok=True)
+                same = len(list(aside.glob(f"{damaged}.*")))
+                (self.folder / str(damaged)).rename(aside / f"{damaged}.{same}")
+        if everywhere(bool(later)):
+            self._manager.reload()
+            log.warning(
+                f"warning: moved damaged checkpoints {later} to {self.folder.parent / DAMAGED_FOLDER}"
+            )
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
+        self.settle()
         self._manager.close()
 
 
-def open_run(workdir: str | Path) -> tuple[Checkpoints, ConfigDict]:
-    """Checkpoints of an existing run, and its configuration.
+def open_run(workdir: str | Path) -> Checkpoints:
+    """Checkpoints of an existing run, to read.
 
     Raises:
       UserError: the folder holds no checkpoint.
     """
     checkpoints = Checkpoints(workdir) if (Path(workdir) / FOLDER).is_dir() else None
-    if checkpoints is None or checkpoints.latest_step is None:
+    if checkpoints is None or not checkpoints.steps:
         raise UserError(f"{workdir} is not the folder of a run: it has no checkpoint in {FOLDER}/")
-    return checkpoints, ConfigDict(checkpoints.meta()["config"])
+    return checkpoints
+
+
+def _counters(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("nonfinite_in_row", "nonfinite_total", "step")}
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    digests = {name: value for name, value in meta.get("digests", {}).items() if name != "meta"}
+    return hashlib.sha256(json.dumps(meta | {"digests": digests}, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    """The last, most exact sentence of an error of TensorStore's, or the first line of another."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text if len(text) < 300 else f"… {text[-300:]}"
 
 
 def check_same_model(saved: ConfigDict, config: ConfigDict, where: str) -> None:

@@ -1,8 +1,11 @@
 """The training loop: data → step → report → checkpoint → preview. No mathematics."""
 
+import contextlib
 import logging
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,28 +17,31 @@ from maskdit_jax.data.sources import Source, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
-from maskdit_jax.training.mesh import batch_sharding
+from maskdit_jax.training.hosts import PREEMPTED, Preemption
+from maskdit_jax.training.mesh import batch_sharding, describe_placement, whole_sharding
+from maskdit_jax.training.peers import Peers
 from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
 
 log = logging.getLogger("maskdit_jax")
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
     """Run `config`, resolved, in the folder `workdir` up to its last step; continue if it has begun.
 
     Raises:
-      UserError: the data, the folder or the run to start from do not fit, or too many steps in a
-        row were not finite.
+      UserError: the data, the folder or the run to start from do not fit, too many steps in a row
+        were not finite, or the last step could not be saved.
+      SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
     """
     steps = config.training.num_steps
     source = _open_source(config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every_steps)
     state, items, seconds = _begin(config, training, checkpoints)
-    step = first_step = int(state.step)
+    step = saved_step = first_step = int(state.step)
     if step >= steps:
         log.info(f"already finished: step {step:,} of {steps:,}")
         return checkpoints.close()
@@ -62,6 +68,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     started = time.monotonic()
 
     def save():
+        nonlocal saved_step
+        saved_step = step
         meta = {
             "config": config.to_dict(),
             "items_consumed": items,
@@ -69,11 +77,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
         }
         checkpoints.save(state, meta)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(reporter.close)
+        stack.callback(checkpoints.close)
+        preemption = stack.enter_context(Preemption())
         while step < steps:
+            peers.at(step)
+            if preemption.asked(step):
+                arrived = reporter.drain()
+                if step > saved_step and not (arrived and arrived[-1]["nonfinite_in_row"]):
+                    save()
+                problem = checkpoints.settle()
+                saved = f"not saved: {problem}" if problem else f"step {saved_step:,} is saved"
+                log.warning(f"stopped by SIGTERM at step {step:,}: {saved}; the same command goes on")
+                sys.exit(PREEMPTED)
             state, metrics = training.step(state, next(device_batches), training.num_keep(step))
             step, items = step + 1, items + config.training.batch_size
             arrived = [reporter.add(metrics)]
+            checkpoints.poll()
             checkpoint_due = step % config.checkpoint.every_steps == 0
             preview_due = config.report.preview_steps and step % config.report.preview_steps == 0
             if checkpoint_due or preview_due or step == steps:
@@ -84,36 +105,47 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 if step == steps or (checkpoint_due and not arrived[-1]["nonfinite_in_row"]):
                     save()
                 if preview_due:
-                    model = Model(config, state.ema_params, training.mesh, autoencoder=autoencoder)
-                    log.info(f"preview: {reporter.grid(step, sample_grid(model))}")
-    finally:
-        checkpoints.close()
-        reporter.close()
+                    ema_params = jax.device_put(state.ema_params, whole_sharding(training.mesh))
+                    model = Model(config, ema_params, training.mesh, autoencoder=autoencoder)
+                    reporter.grid(step, sample_grid(model))
+        problem = checkpoints.settle()
+        if problem:
+            raise UserError(
+                f"the last step, {step:,}, could not be saved: {problem}; the same command goes on from step "
+                f"{max(checkpoints.steps, default=0):,}"
+            )
 
 
 def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
     """State, items consumed and seconds trained: of the newest checkpoint, of another run, or fresh."""
-    if checkpoints.latest_step is not None:
-        meta = checkpoints.meta()
+
+    def restore(step: int, meta: dict[str, Any]) -> TrainState:
         if "imported_from" in meta:
             raise UserError(
                 f"{checkpoints.folder.parent} holds imported weights, not a run to continue: train in a new "
                 f"folder with --config.init_from={checkpoints.folder.parent}"
             )
         check_same_model(ConfigDict(meta["config"]), config, str(checkpoints.folder))
-        state = checkpoints.restore(training.state_shapes)
+        return checkpoints.restore(step, meta, training.state_shapes)
+
+    if checkpoints.steps:
+        step, meta, state = checkpoints.newest_healthy(restore)
+        checkpoints.set_aside_after(step)
         log.info(
-            f"resumed at step {int(state.step):,} from {checkpoints.folder}; the data go on at item "
+            f"resumed at step {step:,} from {checkpoints.folder}; the data go on at item "
             f"{meta['items_consumed']:,} of the run's order, for {jax.process_count()} process(es)"
         )
         return state, meta["items_consumed"], meta["seconds"]
     if config.init_from:
-        other, other_config = open_run(config.init_from)
-        check_same_model(other_config, config, config.init_from)
-        shapes = training.state_shapes
-        state = training.start(other.restore_weights("params", shapes.params))
-        state = state._replace(ema_params=other.restore_weights("ema_params", shapes.ema_params))
-        step = other.latest_step
+        other, shapes = open_run(config.init_from), training.state_shapes
+
+        def restore_weights(step: int, meta: dict[str, Any]) -> TrainState:
+            check_same_model(ConfigDict(meta["config"]), config, config.init_from)
+            params = other.restore_weights(step, meta, "params", shapes.params)
+            ema_params = other.restore_weights(step, meta, "ema_params", shapes.ema_params)
+            return training.start(params)._replace(ema_params=ema_params)
+
+        step, _, state = other.newest_healthy(restore_weights)
         other.close()
         log.info(f"weights and EMA from step {step:,} of {config.init_from}; the optimizer starts fresh")
         return state, 0, 0.0
@@ -154,14 +186,15 @@ def _describe(config: ConfigDict, training: Training, num_items: int) -> str:
         f"{count:,} parameters · {num_items:,} items of {config.data.source} · batch "
         f"{config.training.batch_size} on {training.mesh.size} {jax.default_backend()} device(s), data "
         f"{config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {tokens}: "
-        f"{len(training.keep_levels)} compiled program(s)"
+        f"{len(training.keep_levels)} compiled program(s)\n"
+        + describe_placement(training.state_shapes, training.mesh)
     )
 
 
 def _stop_if_diverged(arrived: list, limit: int, checkpoints: Checkpoints) -> None:
     worst = max((m["nonfinite_in_row"] for m in arrived if m), default=0)
     if worst >= limit:
-        newest = checkpoints.latest_step
+        newest = max(checkpoints.steps, default=None)
         raise UserError(
             f"the loss or the gradient was not finite in {worst:.0f} steps in a row "
             f"(training.max_nonfinite_steps={limit}); "

@@ -66,6 +66,29 @@ def place_shapes(shapes: Any, mesh: Mesh) -> Any:
     )
 
 
+def bytes_of(state: Any) -> tuple[int, int]:
+    """Bytes of the arrays or ShapeDtypeStructs of a pytree: all of them whole, and what one device holds."""
+    whole = each = 0
+    for x in jax.tree.leaves(state):
+        whole += x.size * x.dtype.itemsize
+        each += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return whole, each
+
+
+def describe_placement(state: Any, mesh: Mesh) -> str:
+    """What of the state is cut over `fsdp`, what is whole everywhere, and what that costs each device."""
+    arrays = jax.tree.leaves(state)
+    kept = [x for x in arrays if x.sharding.is_fully_replicated]
+    whole, each = bytes_of(arrays)
+    text = (
+        f"parameters, EMA and optimizer: {whole / 1e6:,.1f} MB, {each / 1e6:,.1f} MB ({each / whole:.1%}) on "
+        f"each device: {len(arrays) - len(kept)} arrays are cut over fsdp={mesh.shape['fsdp']}, {len(kept)} "
+        f"are whole ({bytes_of(kept)[0] / 1e6:,.1f} MB)"
+    )
+    spans = len({device.process_index for device in mesh.devices[0]})
+    return text + f"; fsdp spans {spans} processes: parameters cross the network in every step" * (spans > 1)
+
+
 def _fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The longest dimension that `fsdp` divides is cut; the last such, so that stacked layers stay whole."""
     fsdp = mesh.shape["fsdp"]

@@ -27,6 +27,7 @@ SMALL_IMAGE, PREVIEW_ENLARGE = 64, 4
 
 def log_to_stdout() -> None:
     """Print the package's messages, and nothing else, as plain lines on standard output."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks; we say what went wrong
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
@@ -102,21 +103,31 @@ class Reporter:
         if self._writer:
             scalars = means | {"nonfinite_total": skipped}
             scalars |= {"images_per_second": speed} if speed else {}
-            self._writer.write_scalars(self._step, scalars)
+            with self._survive("TensorBoard's file"):
+                self._writer.write_scalars(self._step, scalars)
 
     def _time_left(self, now: float) -> float:
         done = self._step - self._first_timed_step
         return (self._num_steps - self._step) * (now - self._started) / max(done, 1)
 
-    def grid(self, step: int, grid: np.ndarray) -> Path:
-        """Write a sample grid [H, W, 1 or 3] uint8 as a PNG and to TensorBoard; the PNG's path."""
-        folder = self._workdir / "previews"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step_{step:08d}.png"
-        save_png(path, grid)
+    def grid(self, step: int, grid: np.ndarray) -> None:
+        """Write a sample grid [H, W, 1 or 3] uint8 as a PNG and to TensorBoard."""
+        path = self._workdir / "previews" / f"step_{step:08d}.png"
+        with self._survive(path):
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, grid)
+            log.info(f"preview: {path}")
         if self._writer:
-            self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
-        return path
+            with self._survive("TensorBoard's file"):
+                self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
+
+    @contextlib.contextmanager
+    def _survive(self, what: str | Path) -> Iterator[None]:
+        """A report that cannot be written, most often to a full disk, is given up; the run goes on."""
+        try:
+            yield
+        except Exception as error:  # clu raises what its thread met, of any kind
+            log.warning(f"warning: {what} could not be written: {error}")
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -131,7 +142,8 @@ class Reporter:
     def close(self) -> None:
         """Write out what is buffered."""
         if self._writer:
-            self._writer.close()
+            with self._survive("TensorBoard's file"):
+                self._writer.close()
 
 
 def sample_grid(model: Model) -> np.ndarray:
@@ -140,7 +152,8 @@ def sample_grid(model: Model) -> np.ndarray:
     columns = report.preview_columns
     rows = min(report.preview_rows, num_classes or report.preview_rows)
     labels = np.repeat(np.arange(rows), columns) if num_classes else None
-    images = model.sample(np.arange(rows * columns), labels, batch_size=rows * columns)
+    batch_size = -(-rows * columns // model.mesh.size)
+    images = model.sample(np.arange(rows * columns), labels, batch_size=batch_size)
     grid = tile(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
     enlarge = PREVIEW_ENLARGE if images.shape[1] < SMALL_IMAGE else 1
     return grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)

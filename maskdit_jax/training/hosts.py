@@ -1,0 +1,215 @@
+"""One run in several processes, on one host or many: how they start, agree, and end together."""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from maskdit_jax.errors import UserError, one_line_errors
+from maskdit_jax.training import peers
+from maskdit_jax.training.peers import PEER_LOST, Peers
+
+log = logging.getLogger("maskdit_jax")
+
+PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+# Variables with which a launcher says how many processes it has started; JAX reads the rest from them.
+_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a command that may run as several processes; Slurm and Open MPI need none of them."""
+    group = parser.add_argument_group("several processes (Slurm's srun and Open MPI's mpirun are detected)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num_processes", type=int, help="of the run")
+    group.add_argument("--process_id", type=int, help="of this process: 0 … num_processes - 1")
+    group.add_argument("--connect_timeout", type=int, default=300, help="seconds to wait for all of them")
+    group.add_argument(
+        "--peer_timeout", type=float, default=60, help="seconds of silence after which a process is lost"
+    )
+    group.add_argument(
+        "--stall_timeout", type=float, default=900, help="seconds a process may stay behind the others' step"
+    )
+
+
+@contextlib.contextmanager
+def joined(flags: argparse.Namespace) -> Iterator[Peers]:
+    """Run a command's body as one process of the run that the flags or the launcher's variables describe.
+
+    Errors end it as `one_line_errors` says, and the other processes with it (exit code 76). Only
+    process 0 reports.
+    """
+    with one_line_errors():
+        others = _start(flags)
+    if jax.process_count() == 1:
+        with one_line_errors():
+            yield others
+        return
+    code = 0
+    try:
+        with one_line_errors():
+            try:
+                yield others
+            except (Exception, KeyboardInterrupt) as error:
+                if isinstance(error, jax.errors.JaxRuntimeError):
+                    others.wait_for_verdict()
+                others.failed(str(error) or type(error).__name__)
+                raise
+    except SystemExit as stop:
+        code = stop.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, PREEMPTED):
+        # At once: JAX would wait for the others' goodbye, which they do not say.
+        peers.end_process(code)
+    others.finished()
+    jax.distributed.shutdown()
+    sys.exit(code)
+
+
+def _start(flags: argparse.Namespace) -> Peers:
+    launcher = _launcher(flags)
+    if launcher is None:
+        return Peers({}, flags.peer_timeout, flags.stall_timeout)
+    for name in ("connect_timeout", "peer_timeout", "stall_timeout"):
+        if getattr(flags, name) <= 0:
+            raise UserError(f"--{name}={getattr(flags, name)} must be greater than 0 (seconds)")
+    who = f"process {flags.process_id} of {flags.num_processes}" if launcher == "flags" else "this process"
+    where = flags.coordinator or f"the address that {launcher} gives"
+    _on_abort(
+        f"error: not all processes of the run came together at {where} within {flags.connect_timeout} s "
+        f"(this is {who}); see that each was started, with the same coordinator and number of processes, and "
+        "that no firewall lies between them"
+    )
+    jax.distributed.initialize(
+        flags.coordinator,
+        flags.num_processes,
+        flags.process_id,
+        initialization_timeout=flags.connect_timeout,
+        # Ours comes first, and names the process.
+        heartbeat_timeout_seconds=int(2 * flags.peer_timeout + flags.stall_timeout),
+    )
+    _on_abort("error: JAX's distributed runtime ended this process; another one of the run has probably died")
+    if jax.process_index() > 0:
+        log.setLevel(logging.WARNING)
+    try:
+        return peers.connect(from_first, flags.peer_timeout, flags.stall_timeout)
+    except OSError as error:
+        raise UserError(f"cannot reach process 0 of the run: {error}; is a firewall in the way?") from error
+
+
+def _launcher(flags: argparse.Namespace) -> str | None:
+    """Who says which process this is: the flags, a launcher's variables, or nobody; checked."""
+    given = {name: getattr(flags, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        found = [name for name in _LAUNCHERS if int(os.environ.get(name, 1)) > 1]
+        return _LAUNCHERS[found[0]] if found else None
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given too: a process needs all three, or none")
+    if not 0 <= flags.process_id < flags.num_processes:
+        raise UserError(f"--process_id={flags.process_id}: expected 0 … {flags.num_processes - 1}")
+    if flags.num_processes == 1:
+        return None
+    host, _, port = flags.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={flags.coordinator}: expected HOST:PORT such as node0:12345")
+    if flags.process_id == 0:
+        _check_free(int(port))
+    else:
+        _wait_for(host, int(port), flags.connect_timeout)
+    return "flags"
+
+
+def _check_free(port: int) -> None:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"--coordinator: port {port} of this host: {error.strerror}; choose another"
+        ) from error
+
+
+def _wait_for(host: str, port: int, timeout_s: float) -> None:
+    """Wait until somebody answers at host:port: JAX's own wait ends in an abort without a word of why."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            wait_s = max(deadline - time.monotonic(), 0.1)
+            return socket.create_connection((host, port), timeout=wait_s).close()
+        except OSError as error:
+            if time.monotonic() + 0.5 > deadline:
+                raise UserError(
+                    f"nobody answers at --coordinator={host}:{port} after {timeout_s:g} s ({error}): start "
+                    "process 0 there, give every process its address, and open the port in the firewall"
+                ) from error
+            time.sleep(0.5)
+
+
+def _on_abort(line: str) -> None:
+    """Before JAX's runtime aborts this process, let the watch name the lost one, or print `line`.
+
+    The runtime aborts in a thread of its own within a millisecond of losing process 0, and asks nobody.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(_signal):
+        time.sleep(3)
+        peers.end_process(PEER_LOST, line)
+
+    _on_abort.keep_alive = handler
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 calls this with, in every process: anything that JSON can hold."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = np.resize(data, size)  # of the others any bytes of that length
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether `holds` is true in every process."""
+    return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(holds)))
+
+
+class Preemption:
+    """Within the block SIGTERM, as Slurm and clouds send it before they take the machine, only asks to stop.
+
+    asked(step): whether to stop, the same answer in every process at the same step, whichever of
+    them got the signal.
+    """
+
+    def __enter__(self) -> "Preemption":
+        self._signalled = False
+        self._several = jax.process_count() > 1  # then JAX has its own handler, which tells the others
+        if not self._several:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if self._several else self._previous)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def asked(self, step: int) -> bool:
+        """Whether this is the step to stop at."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._signalled
