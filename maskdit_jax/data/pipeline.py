@@ -64,6 +64,7 @@ def to_devices(
     """Global arrays of the batches, `ahead` of them sent before they are asked for."""
     queue = collections.deque()
     for batch in host_batches:
-        queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+        with jax.transfer_guard("allow"):  # these copies are meant; a guard set outside is for others
+            queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
         if len(queue) > ahead:
             yield queue.popleft()

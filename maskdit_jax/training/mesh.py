@@ -18,14 +18,14 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """Mesh over all devices of all processes with the axes `data` and `fsdp`.
+    """Mesh over the first data·fsdp devices of all processes, with the axes `data` and `fsdp`.
 
     A process's devices stand side by side, so that parameters are shared within a host as far as
     `fsdp` lets them, only gradients cross the network, and a process's items of a batch are
     consecutive.
     """
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array(devices[: data * fsdp]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,285 @@
+"""What a run will need, checked before it starts: a line for each thing, with a remedy where it fails."""
+
+import argparse
+import contextlib
+import itertools
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskdit_jax.config import load, resolve
+from maskdit_jax.errors import UserError
+from maskdit_jax.training import mesh
+from maskdit_jax.training.build import build
+from maskdit_jax.training.hosts import everywhere, from_first, joined
+from maskdit_jax.training.peers import Peers, end_process
+
+log = logging.getLogger("maskdit_jax")
+
+CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+OPTIONAL = {  # and what there is not without each
+    "grain": "training, which reads its data with it",
+    "tensorflow-datasets": "data.source=tfds:NAME",
+    "clu": "TensorBoard files",
+    "ml-collections": "check of names and types inside configuration files",
+    "torch": "PyTorch's .pt files",
+}
+GPU_REMEDY = "pip install 'maskdit_jax[cuda12]', and leave JAX_PLATFORMS unset"
+NETWORK_REMEDY = (
+    "open all ports between the hosts in the firewall; GPUs: name the network interface that connects the "
+    "hosts, NCCL_SOCKET_IFNAME=…; CPUs (Gloo): the others must reach the address that a host's own name has"
+)
+LARGEST_ERROR = 1e-4  # of a product, relative to its largest number
+BATCHES_READ = 4
+SHARED_WAIT_S = 10  # a network file system may show a new file late
+
+
+def diagnose(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Make every check of the run that the flags of `main` describe; exit code 1 if any process fails one.
+
+    Where the processes do not come together, `joined` says why and ends the command.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            with _deadline(2 * flags.connect_timeout + 5, "processes"):  # joined, which knows more, is first
+                peers = stack.enter_context(joined(flags))
+        except RuntimeError as error:  # JAX's, of a backend that does not start
+            _give_up("devices", f"{_line(error)}; does nvidia-smi list the GPUs? If so: {GPU_REMEDY}")
+        _Checks(flags, overrides, peers).make()
+
+
+class _Checks:
+    """Each check gives what it found, or "" where there is nothing to check, or raises what is wrong."""
+
+    def __init__(self, flags: argparse.Namespace, overrides: list[str], peers: Peers):
+        self._flags, self._overrides, self._peers = flags, overrides, peers
+        self._config = self._training = None  # until the configuration is found right
+
+    def make(self) -> None:
+        """All checks, then the summary; a failed one stops those that need what it makes."""
+        made, failed = set(), set()
+        for name in CHECKS:
+            try:
+                found = getattr(self, name)()
+            except (
+                Exception
+            ) as error:  # of whatever kind: the line is the diagnosis, and the next one follows
+                of_whom = f" of process {jax.process_index()}" if jax.process_index() else ""
+                log.error(f"FAILED  {name}{of_whom}: {_line(error)}")
+                failed.add(name)
+                if name == "collectives" and jax.process_count() > 1:
+                    _give_up("the rest", "not checked, because it needs collectives", self._peers)
+            else:
+                if found:
+                    log.info(f"ok      {name}: {found}")
+                    made.add(name)
+        failed = [name for name in CHECKS if not everywhere(name not in failed)]
+        count = len(made.union(failed))
+        if failed:
+            log.info(f"{len(failed)} of {count} checks failed: {', '.join(failed)}")
+            self._peers.finished()  # the others end as this one does, and miss nobody
+            sys.exit(1)
+        log.info(f"all {count} checks passed")
+
+    def packages(self) -> str:
+        """The core is there and new enough; what else there is."""
+        there = {str(d.name).lower().replace("_", "-"): d for d in metadata.distributions()}
+        asked = (there["maskdit-jax"].requires or []) if "maskdit-jax" in there else []
+        least = dict(match.groups() for line in asked if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line)))
+        versions = {name: there[name].version for name in (*CORE, *OPTIONAL) if name in there}
+        wrong = [f"{name} is not installed" for name in CORE if name not in there]
+        for name in least.keys() & versions.keys() & set(CORE):
+            if _numbers(versions[name]) < _numbers(least[name]):
+                wrong.append(f"{name} is {versions[name]}, expected {least[name]} or newer")
+        if wrong:
+            raise UserError(f"{'; '.join(wrong)}; pip install --upgrade -e . in the repository")
+        lost = [f"; {name} not installed: no {OPTIONAL[name]}" for name in OPTIONAL if name not in there]
+        return ", ".join(f"{name} {version}" for name, version in versions.items()) + "".join(lost)
+
+    def processes(self) -> str:
+        """How many there are: `joined` has connected them."""
+        count = jax.process_count()
+        return f"{count} connected" if count > 1 else "1"
+
+    def devices(self) -> str:
+        """Kind, number and memory of the devices of all processes."""
+        kinds = Counter(device.device_kind for device in jax.devices())
+        of_process = Counter(device.process_index for device in jax.devices())
+        backend, limits = jax.default_backend(), [stats["bytes_limit"] for stats in _memory()]
+        if backend == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
+            log.warning(f"warning devices: there is an NVIDIA GPU, but JAX uses the CPU; {GPU_REMEDY}")
+        counts = ", ".join(str(of_process[i]) for i in sorted(of_process))
+        memory = f"{min(limits) / 1e9:,.1f} GB each for JAX" if limits else "unknown"
+        names = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+        return f"{names}; backend {backend}; {counts} in each process; memory {memory}"
+
+    def arithmetic(self) -> str:
+        """A float32 product on each device of this process is numpy's; one in bfloat16 is finite."""
+        x, y = np.random.default_rng(0).standard_normal((2, 256, 256), np.float32)
+        expected, errors = x.astype(np.float64) @ y, []
+        for device in jax.local_devices():
+            here = jax.device_put((x, y), device)
+            half = jnp.matmul(*(matrix.astype(jnp.bfloat16) for matrix in here))
+            product = np.asarray(jnp.matmul(*here, precision="highest"))
+            errors.append(float(np.abs(product - expected).max() / np.abs(expected).max()))
+            if not (errors[-1] <= LARGEST_ERROR and bool(jnp.isfinite(half).all())):
+                raise UserError(
+                    f"{device} is {errors[-1]:.1e} off in float32, expected {LARGEST_ERROR:g} at most, or not "
+                    "finite in bfloat16; reinstall jaxlib, or hide the device (CUDA_VISIBLE_DEVICES)"
+                )
+        return f"float32 within {max(errors):.1e} on {len(errors)} device(s), bfloat16 finite"
+
+    def collectives(self) -> str:
+        """A sum over all devices of all processes is right, and ends in time."""
+        count, seconds = jax.device_count(), []
+        devices = mesh.make_mesh(count, 1)
+        add = jax.jit(jnp.sum, out_shardings=mesh.whole_sharding(devices))
+        with _deadline(self._flags.connect_timeout, "collectives", self._peers):
+            numbers = mesh.to_mesh(np.arange(1, count + 1, dtype=np.float32), mesh.batch_sharding(devices))
+            for _ in range(2):
+                started = time.perf_counter()
+                total = float(mesh.to_host(add(numbers)))
+                seconds.append(time.perf_counter() - started)
+        if total != count * (count + 1) / 2:
+            raise UserError(f"a sum is {total:g}, expected {count * (count + 1) / 2:g}; reinstall jaxlib")
+        first, second = (1000 * s for s in seconds)
+        return f"a sum over {count} device(s) in {second:.1f} ms, the first in {first:.1f} ms"
+
+    def configuration(self) -> str:
+        """It is consistent; how its state lies on these devices, and what they have free."""
+        if not self._flags.config:
+            return ""
+        config = resolve(load(self._flags.config, self._overrides), device_count=jax.device_count())
+        self._config, self._training = config, build(config)
+        free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in _memory()]
+        return (
+            f"mesh of data {config.mesh.data} × fsdp {config.mesh.fsdp}; "
+            + mesh.describe_placement(self._training.state_shapes, self._training.mesh)
+            + (f"; {min(free) / 1e9:,.1f} GB of each device are free" if free else "")
+        )
+
+    def data(self) -> str:
+        """The source opens and gives batches; how fast."""
+        if self._config is None:
+            return ""
+        # Imported here because they need grain, without which the other checks can be made.
+        from maskdit_jax.data.pipeline import batches
+        from maskdit_jax.training.loop import open_configured_source
+
+        source, started = open_configured_source(self._config), time.perf_counter()
+        where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        sizes = {"batch_size": self._config.training.batch_size, "num_threads": self._config.data.num_threads}
+        *_, part = itertools.islice(batches(source, seed=self._config.seed, **sizes, **where), BATCHES_READ)
+        speed = BATCHES_READ * len(part["label"]) / (time.perf_counter() - started)
+        shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in part.items())
+        return f"{len(source):,} items; {shapes} in each process; {speed:,.0f} items/s in the first batches"
+
+    def folder(self) -> str:
+        """It, or the nearest one above it, can be written to and has room for the checkpoints."""
+        if not self._flags.workdir:
+            return ""
+        there = _nearest(self._flags.workdir)
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise UserError(f"cannot write to {there}: {error.strerror}; choose another --workdir") from error
+        free = shutil.disk_usage(there).free
+        found = f"{there} can be written to, {free / 1e9:,.1f} GB are free"
+        if self._training is None:
+            return found
+        size, _ = mesh.bytes_of(self._training.state_shapes)
+        saved = len(list(self._flags.workdir.glob("checkpoints/[0-9]*")))
+        return f"{found}; {room_for_checkpoints(free, size, self._config.checkpoint.keep, saved)}"
+
+    def same_folder(self) -> str:
+        """All processes see a file that process 0 leaves in the folder, or in the nearest one above it."""
+        if not self._flags.workdir or jax.process_count() == 1:
+            return ""
+        workdir = self._flags.workdir.absolute()
+        above = [workdir, *workdir.parents]
+        depth, name = from_first([above.index(_nearest(workdir)), f".doctor-{secrets.token_hex(8)}"])
+        marker = Path(*above[depth : depth + 1], name)
+        with contextlib.suppress(OSError):  # whatever goes wrong in one process, the others wait for it below
+            if jax.process_index() == 0:
+                marker.touch()
+        everywhere(True)
+        until = time.monotonic() + SHARED_WAIT_S
+        while not (seen := os.path.exists(marker)) and time.monotonic() < until:
+            time.sleep(0.2)
+        all_see = everywhere(seen)
+        if jax.process_index() == 0:
+            marker.unlink(missing_ok=True)
+        if not all_see:
+            raise UserError(
+                f"not all processes see what process 0 writes to {marker.parent} (this one: {seen}); give all "
+                "the same --workdir, on a file system that the hosts share"
+            )
+        return f"all processes see {marker.parent}"
+
+
+CHECKS = "packages processes devices arithmetic collectives configuration data folder same_folder".split()
+
+
+def room_for_checkpoints(free: int, size: int, keep: int, saved: int) -> str:
+    """What `keep` checkpoints of `size` bytes, and one being written, take beside the `saved` ones."""
+    more = max(keep + 1 - saved, 1)
+    needed = f"{more} checkpoint(s) of {size / 1e9:,.3f} GB"
+    if more * size > free:
+        raise UserError(
+            f"{needed} do not fit in the {free / 1e9:,.3f} GB that are free; lower checkpoint.keep={keep}, "
+            "make room, or choose another --workdir"
+        )
+    return f"{needed} will fit"
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, name: str, peers: Peers | None = None) -> Iterator[None]:
+    """End this process, from another thread, unless the block ends in time: it may wait in JAX for ever."""
+    problem = f"no answer from the devices or the other processes in {seconds:g} s; {NETWORK_REMEDY}"
+    timer = threading.Timer(seconds, _give_up, [name, problem, peers])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(name: str, problem: str, peers: Peers | None = None) -> None:
+    log.error(f"FAILED  {name}: {problem}")
+    if peers:
+        peers.finished()
+    end_process(1)
+
+
+def _line(error: Exception) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def _memory() -> list[dict[str, int]]:
+    """Statistics of the devices of this process that keep any."""
+    return [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+
+
+def _nearest(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))

@@ -1,0 +1,122 @@
+"""The same run on any mesh and any number of processes: laws of sharding."""
+
+import functools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from run_steps import BAD_STEP, BATCH_SIZE, run_steps
+
+from maskdit_jax.config import load, resolve
+from maskdit_jax.training.build import batch_shapes, build
+from maskdit_jax.training.digest import digest
+from maskdit_jax.training.mesh import bytes_of, describe_placement, make_mesh, state_shardings
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@functools.cache
+def on_one_device():
+    return run_steps(1, 1)
+
+
+def assert_same_run(metrics, arrays) -> None:
+    """Losses to 1e-5 in every step, parameters and EMA to 1e-5 after all of them."""
+    expected_metrics, expected_arrays = on_one_device()
+    for step, (actual, expected) in enumerate(zip(metrics, expected_metrics, strict=True)):
+        assert np.isnan(expected["loss"]) == (step == BAD_STEP)
+        for name in ("loss", "denoise_loss", "mae_loss", "nonfinite_total"):
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=f"{name} of {step}")
+    differences = [np.linalg.norm(a - e) for a, e in zip(arrays, expected_arrays, strict=True)]
+    assert np.linalg.norm(differences) <= 1e-5 * np.linalg.norm([np.linalg.norm(e) for e in expected_arrays])
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_twenty_steps_are_the_same_on_every_mesh(data, fsdp):
+    assert_same_run(*run_steps(data, fsdp))
+
+
+def test_twenty_steps_are_the_same_in_two_processes(tmp_path):
+    """Two processes with four devices each, which talk over loopback; one of them holds the NaN."""
+    command = [
+        sys.executable,
+        ROOT / "tests/run_steps.py",
+        "--data=4",
+        "--fsdp=2",
+        f"--out={tmp_path / 'out'}",
+    ]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    run = functools.partial(subprocess.Popen, env=environment, stderr=subprocess.PIPE, text=True)
+    processes = [run([*command, f"--process_id={i}"]) for i in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert_same_run(json.loads((tmp_path / "out.json").read_text()), list(arrays.values()))
+
+
+def config_of(name: str, devices: int = 8, **options):
+    overrides = [f"--config.{section.replace('__', '.')}={value}" for section, value in options.items()]
+    return resolve(load(str(ROOT / f"configs/{name}.py"), overrides), device_count=devices)
+
+
+def test_a_device_of_eight_holds_an_eighth_of_xl2s_state():
+    """From shapes: parameters, EMA and both moments of XL/2."""
+    training = build(config_of("in256", mesh__fsdp=8))
+    state = training.state_shapes
+    whole, each = bytes_of((state.params, state.ema_params, state.opt_state))
+    assert whole > 4 * 4 * 700e6
+    assert each <= 0.15 * whole
+    text = describe_placement(state, training.mesh)
+    share = float(re.search(r"MB \((\d+\.\d)%\) on each device", text)[1])
+    assert share == pytest.approx(100 * each / whole, abs=0.1)
+    assert "cut over fsdp=8" in text
+
+
+def test_gradients_are_summed_between_devices_in_float32():
+    """Every collective of the bfloat16 step, as lowered for two data and four fsdp devices, is float32."""
+    options = {"model__hidden_size": 128, "model__depth": 1, "model__num_heads": 2, "model__patch_size": 2}
+    config = config_of("in256", model__size="custom", mesh__fsdp=4, **options)
+    training = build(config)
+    assert config.model.precision == "bfloat16"
+    shapes = batch_shapes(config, training.mesh, BATCH_SIZE)
+    text = training.step.lower(training.state_shapes, shapes, training.num_keep(0)).as_text()
+    names = ("all_gather", "reduce_scatter", "all_reduce")
+    types = {name: set() for name in names}
+    for name, operand in re.findall(
+        r'"stablehlo\.(\w+)"\(.*?\) (?:<\{|\(\{).*?: \(tensor<(?:\d+x)*(\w+)>', text, re.S
+    ):
+        if name in types:
+            types[name].add(operand)
+    assert types == dict.fromkeys(names, {"f32"})
+
+
+def test_digest_is_the_same_on_any_mesh_and_changes_with_any_bit():
+    random = np.random.default_rng(0)
+    tree = {"a": random.normal(size=(64, 512)).astype(np.float32), "b": np.arange(7, dtype=np.int32)}
+    reference = digest(tree)
+    for data, fsdp in ((8, 1), (2, 4), (1, 8)):
+        placed = jax.device_put(tree, state_shardings(tree, make_mesh(data, fsdp)))
+        assert len(placed["a"].sharding.device_set) == 8
+        assert digest(placed) == reference
+    for _ in range(20):
+        altered = {name: array.copy() for name, array in tree.items()}
+        name = random.choice(["a", "b"])
+        raw = altered[name].view(np.uint8).reshape(-1)
+        raw[random.integers(len(raw))] ^= 1 << random.integers(8)
+        assert digest(altered) != reference
+    swapped = tree | {"a": tree["a"][::-1].copy()}
+    assert digest(swapped) != reference
+    assert digest({"a": tree["a"], "c": tree["b"]}) != reference
