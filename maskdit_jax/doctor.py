@@ -45,7 +45,6 @@ NETWORK_REMEDY = (
 )
 LARGEST_ERROR = 1e-4  # of a product, relative to its largest number
 BATCHES_READ = 4
-SHARED_WAIT_S = 10  # a network file system may show a new file late
 
 
 def diagnose(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -55,10 +54,11 @@ def diagnose(flags: argparse.Namespace, overrides: list[str]) -> None:
     """
     with contextlib.ExitStack() as stack:
         try:
-            with _deadline(2 * flags.connect_timeout + 5, "processes"):  # joined, which knows more, is first
+            with _deadline(2 * flags.connect_timeout + 15, "processes"):  # joined knows more: it is first
                 peers = stack.enter_context(joined(flags))
-        except RuntimeError as error:  # JAX's, of a backend that does not start
-            _give_up("devices", f"{_line(error)}; does nvidia-smi list the GPUs? If so: {GPU_REMEDY}")
+        except Exception as error:  # JAX's, of any kind, when a backend does not start
+            asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            _give_up("devices", f"JAX finds none with {asked}: {_line(error)}; for NVIDIA GPUs {GPU_REMEDY}")
         _Checks(flags, overrides, peers).make()
 
 
@@ -71,24 +71,20 @@ class _Checks:
 
     def make(self) -> None:
         """All checks, then the summary; a failed one stops those that need what it makes."""
-        made, failed = set(), set()
+        passed, failed = set(), set()
         for name in CHECKS:
             try:
-                found = getattr(self, name)()
-            except (
-                Exception
-            ) as error:  # of whatever kind: the line is the diagnosis, and the next one follows
+                if found := getattr(self, name)():
+                    passed.add(name)
+                    log.info(f"ok      {name}: {found}")
+            except Exception as error:  # of whatever kind: its line is the diagnosis, and others follow
+                failed.add(name)
                 of_whom = f" of process {jax.process_index()}" if jax.process_index() else ""
                 log.error(f"FAILED  {name}{of_whom}: {_line(error)}")
-                failed.add(name)
                 if name == "collectives" and jax.process_count() > 1:
                     _give_up("the rest", "not checked, because it needs collectives", self._peers)
-            else:
-                if found:
-                    log.info(f"ok      {name}: {found}")
-                    made.add(name)
         failed = [name for name in CHECKS if not everywhere(name not in failed)]
-        count = len(made.union(failed))
+        count = len(passed.union(failed))
         if failed:
             log.info(f"{len(failed)} of {count} checks failed: {', '.join(failed)}")
             self._peers.finished()  # the others end as this one does, and miss nobody
@@ -97,35 +93,31 @@ class _Checks:
 
     def packages(self) -> str:
         """The core is there and new enough; what else there is."""
-        there = {str(d.name).lower().replace("_", "-"): d for d in metadata.distributions()}
+        there = {str(d.name).lower().replace("_", "-"): d for d in reversed([*metadata.distributions()])}
         asked = (there["maskdit-jax"].requires or []) if "maskdit-jax" in there else []
         least = dict(match.groups() for line in asked if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line)))
         versions = {name: there[name].version for name in (*CORE, *OPTIONAL) if name in there}
-        wrong = [f"{name} is not installed" for name in CORE if name not in there]
-        for name in least.keys() & versions.keys() & set(CORE):
-            if _numbers(versions[name]) < _numbers(least[name]):
-                wrong.append(f"{name} is {versions[name]}, expected {least[name]} or newer")
-        if wrong:
+        old = [name for name in CORE if _numbers(versions.get(name, "")) < _numbers(least.get(name, ""))]
+        if old:
+            wrong = [f"{name} is {versions.get(name)}, expected {least[name]} or newer" for name in old]
             raise UserError(f"{'; '.join(wrong)}; pip install --upgrade -e . in the repository")
         lost = [f"; {name} not installed: no {OPTIONAL[name]}" for name in OPTIONAL if name not in there]
         return ", ".join(f"{name} {version}" for name, version in versions.items()) + "".join(lost)
 
     def processes(self) -> str:
         """How many there are: `joined` has connected them."""
-        count = jax.process_count()
-        return f"{count} connected" if count > 1 else "1"
+        return f"{jax.process_count()}, all here"
 
     def devices(self) -> str:
         """Kind, number and memory of the devices of all processes."""
-        kinds = Counter(device.device_kind for device in jax.devices())
-        of_process = Counter(device.process_index for device in jax.devices())
         backend, limits = jax.default_backend(), [stats["bytes_limit"] for stats in _memory()]
         if backend == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning(f"warning devices: there is an NVIDIA GPU, but JAX uses the CPU; {GPU_REMEDY}")
-        counts = ", ".join(str(of_process[i]) for i in sorted(of_process))
         memory = f"{min(limits) / 1e9:,.1f} GB each for JAX" if limits else "unknown"
+        kinds = Counter(device.device_kind for device in jax.devices())
         names = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
-        return f"{names}; backend {backend}; {counts} in each process; memory {memory}"
+        counts = list(Counter(device.process_index for device in jax.devices()).values())
+        return f"{names}; backend {backend}; by process {counts}; memory {memory}"
 
     def arithmetic(self) -> str:
         """A float32 product on each device of this process is numpy's; one in bfloat16 is finite."""
@@ -137,10 +129,8 @@ class _Checks:
             product = np.asarray(jnp.matmul(*here, precision="highest"))
             errors.append(float(np.abs(product - expected).max() / np.abs(expected).max()))
             if not (errors[-1] <= LARGEST_ERROR and bool(jnp.isfinite(half).all())):
-                raise UserError(
-                    f"{device} is {errors[-1]:.1e} off in float32, expected {LARGEST_ERROR:g} at most, or not "
-                    "finite in bfloat16; reinstall jaxlib, or hide the device (CUDA_VISIBLE_DEVICES)"
-                )
+                error = f"{device} is {errors[-1]:.1e} off in float32, or not finite in bfloat16"
+                raise UserError(f"{error}; reinstall jaxlib, or hide the device (CUDA_VISIBLE_DEVICES)")
         return f"float32 within {max(errors):.1e} on {len(errors)} device(s), bfloat16 finite"
 
     def collectives(self) -> str:
@@ -166,11 +156,9 @@ class _Checks:
         config = resolve(load(self._flags.config, self._overrides), device_count=jax.device_count())
         self._config, self._training = config, build(config)
         free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in _memory()]
-        return (
-            f"mesh of data {config.mesh.data} × fsdp {config.mesh.fsdp}; "
-            + mesh.describe_placement(self._training.state_shapes, self._training.mesh)
-            + (f"; {min(free) / 1e9:,.1f} GB of each device are free" if free else "")
-        )
+        placement = mesh.describe_placement(self._training.state_shapes, self._training.mesh)
+        found = f"mesh of data {config.mesh.data} × fsdp {config.mesh.fsdp}; {placement}"
+        return found + (f"; {min(free) / 1e9:,.1f} GB of each device are free" if free else "")
 
     def data(self) -> str:
         """The source opens and gives batches; how fast."""
@@ -198,36 +186,28 @@ class _Checks:
         except OSError as error:
             raise UserError(f"cannot write to {there}: {error.strerror}; choose another --workdir") from error
         free = shutil.disk_usage(there).free
-        found = f"{there} can be written to, {free / 1e9:,.1f} GB are free"
-        if self._training is None:
-            return found
-        size, _ = mesh.bytes_of(self._training.state_shapes)
-        saved = len(list(self._flags.workdir.glob("checkpoints/[0-9]*")))
-        return f"{found}; {room_for_checkpoints(free, size, self._config.checkpoint.keep, saved)}"
+        room = f"{there} can be written to, {free / 1e9:,.1f} GB are free"
+        if self._training:
+            size, _ = mesh.bytes_of(self._training.state_shapes)
+            saved = sum(path.name.isdigit() for path in self._flags.workdir.glob("checkpoints/*"))
+            room += f"; {room_for_checkpoints(free, size, self._config.checkpoint.keep, saved)}"
+        return room
 
     def same_folder(self) -> str:
         """All processes see a file that process 0 leaves in the folder, or in the nearest one above it."""
         if not self._flags.workdir or jax.process_count() == 1:
             return ""
-        workdir = self._flags.workdir.absolute()
-        above = [workdir, *workdir.parents]
-        depth, name = from_first([above.index(_nearest(workdir)), f".doctor-{secrets.token_hex(8)}"])
-        marker = Path(*above[depth : depth + 1], name)
+        marker = _nearest(self._flags.workdir) / from_first(f".doctor-{secrets.token_hex(8)}")
         with contextlib.suppress(OSError):  # whatever goes wrong in one process, the others wait for it below
             if jax.process_index() == 0:
                 marker.touch()
         everywhere(True)
-        until = time.monotonic() + SHARED_WAIT_S
-        while not (seen := os.path.exists(marker)) and time.monotonic() < until:
-            time.sleep(0.2)
-        all_see = everywhere(seen)
+        seen_by_all = everywhere(os.path.exists(marker))
         if jax.process_index() == 0:
             marker.unlink(missing_ok=True)
-        if not all_see:
-            raise UserError(
-                f"not all processes see what process 0 writes to {marker.parent} (this one: {seen}); give all "
-                "the same --workdir, on a file system that the hosts share"
-            )
+        if not seen_by_all:
+            remedy = "give all the same absolute --workdir, on a file system that the hosts share"
+            raise UserError(f"a file that process 0 leaves is not in {marker.parent} for all; {remedy}")
         return f"all processes see {marker.parent}"
 
 
@@ -239,10 +219,8 @@ def room_for_checkpoints(free: int, size: int, keep: int, saved: int) -> str:
     more = max(keep + 1 - saved, 1)
     needed = f"{more} checkpoint(s) of {size / 1e9:,.3f} GB"
     if more * size > free:
-        raise UserError(
-            f"{needed} do not fit in the {free / 1e9:,.3f} GB that are free; lower checkpoint.keep={keep}, "
-            "make room, or choose another --workdir"
-        )
+        remedy = f"lower checkpoint.keep={keep}, make room, or choose another --workdir"
+        raise UserError(f"{needed} do not fit in the {free / 1e9:,.3f} GB that are free; {remedy}")
     return f"{needed} will fit"
 
 
@@ -277,7 +255,8 @@ def _numbers(version: str) -> list[int]:
 
 def _memory() -> list[dict[str, int]]:
     """Statistics of the devices of this process that keep any."""
-    return [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    all_stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return [stats for stats in all_stats if "bytes_limit" in stats]
 
 
 def _nearest(folder: Path) -> Path:

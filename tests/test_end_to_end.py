@@ -1,15 +1,12 @@
-"""The commands as a user runs them: train, stop, resume, start from weights, sample, and their errors."""
+"""The commands as a user runs them: train, start from weights, sample, and their errors."""
 
 import json
 import logging
 import math
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -126,7 +123,7 @@ def assert_identical(actual, expected) -> None:
 
 
 def all_files(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """When every file of a folder was written, and what is in it; but for the lock, which says who was last."""
+    """When every file of a folder was written, and what is in it; not the lock, which says who was last."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name != LOCK]
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
@@ -221,54 +218,6 @@ def test_same_command_again_says_finished_and_changes_nothing(run, execute):
     assert not re.search(r"^step \d", process.stdout, re.MULTILINE)
     assert "evaluation card" in process.stdout
     assert all_files(run) == before
-
-
-# Stop and go on
-
-
-def kill_in_training(arguments: list[str], environment: dict, step: int, delay_s: float) -> str:
-    """Start a command, SIGKILL it `delay_s` after its progress has reached `step`; what it printed."""
-    with subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        printed = ""
-        for line in process.stdout:
-            printed += line
-            progress = re.match(r"step (\d+)/", line)
-            if progress and int(progress[1]) >= step:
-                time.sleep(delay_s)
-                process.send_signal(signal.SIGKILL)
-                break
-        printed += process.stdout.read()
-    assert process.returncode == -signal.SIGKILL, printed
-    assert "finished at step" not in printed
-    return printed
-
-
-def test_run_killed_three_times_ends_bit_identical_to_an_uninterrupted_one(
-    run, environment, execute, tmp_path
-):
-    """The uninterrupted run also wrote previews and TensorBoard files, which must not matter either."""
-    flags = main_flags(tmp_path, TINY)
-    said = []
-    for earliest, latest in ((1, 5), (8, 12), (14, 18)):
-        step, delay_s = random.randint(earliest, latest), random.uniform(0, 0.2)
-        said.append(kill_in_training(command("main", flags), environment, step, delay_s))
-    # A kill while a checkpoint is written leaves a folder like this one.
-    half_written = tmp_path / "checkpoints" / f"{NUM_STEPS}.orbax-checkpoint-tmp" / "params"
-    half_written.mkdir(parents=True, exist_ok=True)
-    (half_written / "manifest.ocdbt").write_bytes(b"half")
-    process = execute("main", flags)
-    assert process.returncode == 0, process.stderr
-    said.append(process.stdout)
-
-    resumed = [int(step) for text in said for step in re.findall(r"^resumed at step (\d+) ", text, re.M)]
-    assert len(resumed) >= 2
-    assert resumed == sorted(resumed)
-    assert any(0 < step < NUM_STEPS for step in resumed)
-    (state, meta), (expected, expected_meta) = restored(tmp_path), restored(run)
-    assert_identical(state._asdict(), expected._asdict())
-    assert meta["items_consumed"] == expected_meta["items_consumed"] == NUM_STEPS * BATCH_SIZE
 
 
 # Other weights, other models

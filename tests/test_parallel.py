@@ -100,7 +100,7 @@ def test_gradients_are_summed_between_devices_in_float32():
     ):
         if name in types:
             types[name].add(operand)
-    assert types == dict.fromkeys(names, {"f32"})
+    assert types == {name: {"f32"} for name in names}
 
 
 def test_digest_is_the_same_on_any_mesh_and_changes_with_any_bit():

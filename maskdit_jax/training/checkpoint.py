@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +23,9 @@ FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 # The two sets of weights by the names of the flags, and the items that hold them.
 WEIGHTS = {"ema": "ema_params", "params": "params"}
 _ARRAYS = ("params", "ema_params", "opt_state")
-# What Orbax and TensorStore raise for files that are missing, cut short, altered, or cannot be written.
-_FILE_ERRORS = (OSError, ValueError, LookupError, TypeError)
+# Orbax and TensorStore raise errors of any kind, bare `Exception` too, for files that are missing, cut
+# short, altered or cannot be written; these do not speak of files.
+_NOT_OF_FILES = (jax.errors.JaxRuntimeError, MemoryError)
 T = TypeVar("T")
 
 
@@ -86,40 +87,41 @@ class Checkpoints:
         meta["digests"]["meta"] = _meta_digest(meta)
         arrays = {name: ocp.args.StandardSave(x) for name, x in items.items()}
         self._saving, self._failure = step, ""
-        try:
+        with self._reported():
             self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))
-        except _FILE_ERRORS as error:
-            self._fail(error)
 
     def poll(self) -> None:
         """Report, without waiting, that the save under way has failed."""
         if self._saving is not None and not self._failure:
-            try:
+            with self._reported():
                 self._manager.check_for_errors()
-            except _FILE_ERRORS as error:
-                self._fail(error)
 
     def settle(self) -> str:
         """Wait for the save under way; why the newest attempt failed, "" if it did not."""
         if self._saving is None:
             return self._failure
-        try:
+        with self._reported():
             self._manager.wait_until_finished()
-        except _FILE_ERRORS as error:
-            self._fail(error)
-        self._saving = None
         if not everywhere(not self._failure):
             self._failure = self._failure or "another process could not write its part"
-            with contextlib.suppress(*_FILE_ERRORS):
+            with self._reported():
                 self._manager.close()
             # A new manager removes the unfinished files, which may be what fills the disk.
             self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        self._saving = None
         return self._failure
 
-    def _fail(self, error: Exception) -> None:
-        if not self._failure:
-            self._failure = _one_line(error)
-            log.warning(f"warning: checkpoint {self._saving:,} could not be written: {self._failure}")
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Report the first error of the save under way, and go on."""
+        try:
+            yield
+        except _NOT_OF_FILES:
+            raise
+        except Exception as error:
+            if not self._failure:
+                self._failure = _one_line(error)
+                log.warning(f"warning: checkpoint {self._saving:,} could not be written: {self._failure}")
 
     def newest_healthy(self, read: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
         """Step, meta and read(step, meta) of the newest step that can be read; damaged ones are reported.
@@ -185,7 +187,9 @@ class Checkpoints:
                 handler(multiprocessing_options=alone), multiprocessing_options=alone
             ) as reader:
                 content = reader.restore(self.folder / str(step) / item, args=args)
-        except _FILE_ERRORS as error:
+        except _NOT_OF_FILES:
+            raise
+        except Exception as error:
             problem = _one_line(error)
         if not everywhere(not problem):
             raise self._damaged(step, item, problem or "another process cannot read it")
@@ -237,7 +241,8 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The last, most exact sentence of an error of TensorStore's, or the first line of another."""
+    """The first line of an error, or of the one that caused it; of a long one the end, which says most."""
+    error = error.__cause__ or error
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return text if len(text) < 300 else f"… {text[-300:]}"
 

@@ -54,6 +54,10 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     """
     with one_line_errors():
         others = _start(flags)
+        try:
+            jax.devices()
+        except RuntimeError as error:
+            raise UserError(f"JAX finds no devices: {str(error).splitlines()[0]}") from error
     if jax.process_count() == 1:
         with one_line_errors():
             yield others

@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
       SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
     """
     steps = config.training.num_steps
-    source = _open_source(config)
+    source = open_configured_source(config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
@@ -152,7 +152,7 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     return training.start(None), 0, 0.0
 
 
-def _open_source(config: ConfigDict) -> Source:
+def open_configured_source(config: ConfigDict) -> Source:
     source = open_source(
         config.data.source,
         image_size=config.model.image_size,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 import jax
 import numpy as np
@@ -27,11 +28,20 @@ SMALL_IMAGE, PREVIEW_ENLARGE = 64, 4
 
 def log_to_stdout() -> None:
     """Print the package's messages, and nothing else, as plain lines on standard output."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks; we say what went wrong
+    # What Orbax and its threads print of an error that we catch and report.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _ignore_closed_loop
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
+
+
+def _ignore_closed_loop(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """TensorStore's threads answer to an event loop that Orbax closed when another of them failed."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Reporter:
