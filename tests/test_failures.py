@@ -25,7 +25,7 @@ from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import open_run
 
 ROOT = Path(__file__).parent.parent
-NUM_STEPS, SAVE_EVERY = 45, 5
+NUM_STEPS, SAVE_EVERY = 60, 5
 OPTIONS = {
     "model.hidden_size": 64,
     "model.depth": 1,
@@ -142,6 +142,17 @@ def kill_after(process: subprocess.Popen, pattern: str, delay_s: float = 0.0, nu
     return said
 
 
+def steps_of(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal())
+
+
+def wait_for_step(workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while max(steps_of(workdir), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def kill_inside_a_save(process: subprocess.Popen, workdir: Path) -> str:
     """SIGKILL while a checkpoint is half written; what the command said."""
     deadline = time.monotonic() + 60
@@ -158,11 +169,15 @@ def test_sigkill_at_random_moments(group, start, finish, reference, tmp_path, ou
     said = []
     for number in range(5):
         process = start(command(tmp_path))
-        if number % 2:
+        if number == 0:
+            said.append(kill_after(process, rf"^step {random.randint(1, 9)}/", random.uniform(0, 0.05)))
+        elif number % 2:
             said.append(kill_inside_a_save(process, tmp_path))
         else:
-            step = random.randint(3, 8) + 8 * number
-            said.append(kill_after(process, rf"^step {step}/", random.uniform(0, 0.3)))
+            wait_for_step(tmp_path, random.randint(*((11, 25) if number == 2 else (36, 45))))
+            time.sleep(random.uniform(0, 0.05))
+            process.kill()
+            said.append(process.communicate()[0])
         assert process.returncode == -signal.SIGKILL, said
     said.append(finish(command(tmp_path)))
     resumed = [int(step) for text in said for step in re.findall(r"^resumed at step (\d+) ", text, re.M)]
@@ -193,13 +208,6 @@ def two_processes(start, workdir: Path) -> Iterator[list[subprocess.Popen]]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def wait_for_step(workdir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while not any(p.name.isdecimal() and int(p.name) >= step for p in workdir.glob("checkpoints/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -262,7 +270,7 @@ def stopped_run(start, tmp_path_factory) -> Path:
 
 
 def newest(workdir: Path) -> Path:
-    return max(workdir.glob("checkpoints/*"), key=lambda p: int(p.name))
+    return workdir / "checkpoints" / str(steps_of(workdir)[-1])
 
 
 def largest_file(folder: Path) -> Path:
@@ -294,7 +302,7 @@ def alter_meta(step: Path) -> None:
 def test_damaged_newest_checkpoint_is_passed_over(damage, stopped_run, finish, reference, tmp_path, outcome):
     workdir = tmp_path / "run"
     shutil.copytree(stopped_run, workdir)
-    steps = sorted(int(p.name) for p in workdir.glob("checkpoints/*"))
+    steps = steps_of(workdir)
     damage(newest(workdir))
     said = finish(command(workdir))
     assert f"passed over: checkpoint {steps[-1]} in {workdir / 'checkpoints'} is damaged: " in said

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from maskdit_jax.data.sources import Batch, Source
+from maskdit_jax.errors import UserError
 
 _ENDLESS = 2**40
 
@@ -29,14 +30,22 @@ def batches(
     shuffle, item `start_item` of that order comes first, and the processes' parts of a batch follow
     each other in it. So the position of a run is one number, the items consumed, whatever the
     number of processes, threads or devices. Each thread reads whole batches.
+
+    Raises:
+      UserError: a thread could not read its batch, and why.
     """
     local = batch_size // process_count
 
     def read(number: int) -> Batch:
         start = start_item + number * batch_size + process_index * local
-        return source.read(
-            item_order(len(source), seed, start, start + local), np.arange(start, start + local)
-        )
+        items = item_order(len(source), seed, start, start + local)
+        try:
+            return source.read(items, np.arange(start, start + local))
+        except UserError:
+            raise
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise UserError(f"reading from item {start:,} of the run's order of the data: {cause}") from error
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))

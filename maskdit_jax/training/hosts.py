@@ -143,9 +143,8 @@ def _check_free(port: int) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise UserError(
-            f"--coordinator: port {port} of this host: {error.strerror}; choose another"
-        ) from error
+        reason = os.strerror(error.errno)
+        raise UserError(f"--coordinator: port {port} of this host: {reason}; choose another") from error
 
 
 def _wait_for(host: str, port: int, timeout_s: float) -> None:
