@@ -25,7 +25,7 @@ from maskdit_jax.config import load, resolve
 from maskdit_jax.errors import UserError
 from maskdit_jax.training import mesh
 from maskdit_jax.training.build import build
-from maskdit_jax.training.hosts import everywhere, from_first, joined
+from maskdit_jax.training.hosts import GPU_REMEDY, everywhere, from_first, joined
 from maskdit_jax.training.peers import Peers, end_process
 
 log = logging.getLogger("maskdit_jax")
@@ -38,7 +38,6 @@ OPTIONAL = {  # and what there is not without each
     "ml-collections": "check of names and types inside configuration files",
     "torch": "PyTorch's .pt files",
 }
-GPU_REMEDY = "pip install 'maskdit_jax[cuda12]', and leave JAX_PLATFORMS unset"
 NETWORK_REMEDY = (
     "open all ports between the hosts in the firewall; GPUs: name the network interface that connects the "
     "hosts, NCCL_SOCKET_IFNAME=…; CPUs (Gloo): the others must reach the address that a host's own name has"
@@ -50,15 +49,11 @@ BATCHES_READ = 4
 def diagnose(flags: argparse.Namespace, overrides: list[str]) -> None:
     """Make every check of the run that the flags of `main` describe; exit code 1 if any process fails one.
 
-    Where the processes do not come together, `joined` says why and ends the command.
+    Where the processes do not come together, or have no devices, `joined` says why and ends the command.
     """
     with contextlib.ExitStack() as stack:
-        try:
-            with _deadline(2 * flags.connect_timeout + 15, "processes"):  # joined knows more: it is first
-                peers = stack.enter_context(joined(flags))
-        except Exception as error:  # JAX's, of any kind, when a backend does not start
-            asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            _give_up("devices", f"JAX finds none with {asked}: {_line(error)}; for NVIDIA GPUs {GPU_REMEDY}")
+        with _deadline(2 * flags.connect_timeout + 15, "processes"):  # joined knows more: it is first
+            peers = stack.enter_context(joined(flags))
         _Checks(flags, overrides, peers).make()
 
 

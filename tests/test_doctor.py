@@ -148,10 +148,11 @@ def test_collective_that_another_process_does_not_join_ends_in_time():
 
 
 def test_device_that_does_not_start_is_one_line_with_the_remedy():
-    code, printed, _ = end(start([], platform="abacus"))
-    assert code == 1
-    assert "JAX_PLATFORMS=abacus" in results(printed)["devices"][1]
-    assert "maskdit_jax[cuda12]" in results(printed)["devices"][1]
+    code, _, error = end(start([], platform="abacus"))
+    assert code == 2
+    assert error.startswith("error: JAX finds no devices with JAX_PLATFORMS=abacus: ")
+    assert "maskdit_jax[cuda12]" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_folders_that_are_not_the_same_fail_in_both_processes(tmp_path):

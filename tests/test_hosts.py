@@ -1,5 +1,6 @@
 """Processes of one run: how they come together, and what the others hear when one ends."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -32,17 +33,21 @@ def free_port() -> int:
 
 
 def in_two_processes(commands: list[list], *flags: str) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of two commands that form one run."""
+    """Exit code, stdout and stderr of two commands that flags make one run."""
     several = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", *flags]
+    return run_all([([*command, *several, f"--process_id={i}"], {}) for i, command in enumerate(commands)])
+
+
+def run_all(commands: list[tuple[list, dict[str, str]]]) -> list[tuple[int, str, str]]:
     processes = [
         subprocess.Popen(
-            [sys.executable, *command, *several, f"--process_id={i}"],
-            env=ENVIRONMENT,
+            [sys.executable, *command],
+            env=ENVIRONMENT | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i, command in enumerate(commands)
+        for command, variables in commands
     ]
     ended = [process.communicate(timeout=60) for process in processes]
     return [(process.returncode, *said) for process, said in zip(processes, ended, strict=True)]
@@ -62,6 +67,31 @@ def test_processes_agree():
     assert [code for code, _, _ in ended] == [0, 0], ended
     for _, said, _ in ended:
         assert "{'text': 'größer', 'of': 0} True False" in said
+
+
+def test_slurm_needs_no_flags():
+    """Its variables, as srun sets them for two tasks on one node, are all that two processes need."""
+    for port in range(61440, 65536):  # JAX derives the port from the number of the job
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            break
+    variables = {
+        "SLURM_JOB_ID": str(port - 61440),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+    }
+    body = (
+        BODY
+        + """
+    print("process", index, "of", jax.process_count())
+"""
+    )
+    ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    ended = run_all([(["-c", body], variables | rank) for rank in ranks])
+    for i, (code, said, error) in enumerate(ended):
+        assert code == 0, error
+        assert f"process {i} of 2" in said
 
 
 def test_process_that_stays_behind_is_named():

@@ -26,6 +26,7 @@ from maskdit_jax.training.peers import PEER_LOST, Peers
 log = logging.getLogger("maskdit_jax")
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+GPU_REMEDY = "pip install 'maskdit_jax[cuda12]', and leave JAX_PLATFORMS unset"
 # Variables with which a launcher says how many processes it has started; JAX reads the rest from them.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 
@@ -57,7 +58,11 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
         try:
             jax.devices()
         except RuntimeError as error:
-            raise UserError(f"JAX finds no devices: {str(error).splitlines()[0]}") from error
+            asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            reason = next(iter(str(error).splitlines()), "")
+            raise UserError(
+                f"JAX finds no devices with {asked}: {reason}; for NVIDIA GPUs {GPU_REMEDY}"
+            ) from error
     if jax.process_count() == 1:
         with one_line_errors():
             yield others

@@ -4,8 +4,9 @@ import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -13,7 +14,7 @@ from maskdit_jax.api import Model
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.autoencoder import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
-from maskdit_jax.data.sources import Source, open_source
+from maskdit_jax.data.sources import Batch, Source, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
@@ -55,16 +56,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
         every_steps=config.report.every_steps,
         tensorboard=config.report.tensorboard and jax.process_index() == 0,
     )
-    host_batches = batches(
-        source,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        start_item=items,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
-    )
-    device_batches = to_devices(host_batches, batch_sharding(training.mesh))
+    device_batches = to_devices(_host_batches(source, config, items), batch_sharding(training.mesh))
     started = time.monotonic()
 
     def save():
@@ -84,13 +76,10 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
         while step < steps:
             peers.at(step)
             if preemption.asked(step):
-                arrived = reporter.drain()
-                if step > saved_step and not (arrived and arrived[-1]["nonfinite_in_row"]):
+                reporter.drain()
+                if step > saved_step and not int(state.nonfinite_in_row):
                     save()
-                problem = checkpoints.settle()
-                saved = f"not saved: {problem}" if problem else f"step {saved_step:,} is saved"
-                log.warning(f"stopped by SIGTERM at step {step:,}: {saved}; the same command goes on")
-                sys.exit(PREEMPTED)
+                _stop(checkpoints, step, saved_step)
             state, metrics = training.step(state, next(device_batches), training.num_keep(step))
             step, items = step + 1, items + config.training.batch_size
             arrived = [reporter.add(metrics)]
@@ -108,8 +97,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
                     ema_params = jax.device_put(state.ema_params, whole_sharding(training.mesh))
                     model = Model(config, ema_params, training.mesh, autoencoder=autoencoder)
                     reporter.grid(step, sample_grid(model))
-        problem = checkpoints.settle()
-        if problem:
+        if problem := checkpoints.settle():
             raise UserError(
                 f"the last step, {step:,}, could not be saved: {problem}; the same command goes on from step "
                 f"{max(checkpoints.steps, default=0):,}"
@@ -152,6 +140,13 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     return training.start(None), 0, 0.0
 
 
+def _stop(checkpoints: Checkpoints, step: int, saved_step: int) -> NoReturn:
+    problem = checkpoints.settle()
+    saved = f"not saved: {problem}" if problem else f"step {saved_step:,} is saved"
+    log.warning(f"stopped by SIGTERM at step {step:,}: {saved}; the same command goes on")
+    sys.exit(PREEMPTED)
+
+
 def open_configured_source(config: ConfigDict) -> Source:
     source = open_source(
         config.data.source,
@@ -165,6 +160,18 @@ def open_configured_source(config: ConfigDict) -> Source:
     )
     warn_of_scale(source, config)
     return source
+
+
+def _host_batches(source: Source, config: ConfigDict, start_item: int) -> Iterator[Batch]:
+    return batches(
+        source,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        start_item=start_item,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
 
 
 def warn_of_scale(source: Source, config: ConfigDict) -> None:
