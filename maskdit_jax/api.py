@@ -45,7 +45,7 @@ def load(
     precision: str | None = None,
     vae: str | Path | None = None,
 ) -> "Model":
-    """The newest checkpoint of a run folder, or an import, as a Model.
+    """The newest healthy checkpoint of a run folder, or an import, as a Model.
 
     Args:
       path: folder of a run, or one that `import_torch` made.

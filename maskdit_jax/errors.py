@@ -28,10 +28,10 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
+    """Turn a UserError, or what the system says of files, into one line and exit code 2, Ctrl-C into 130."""
     try:
         yield
-    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -145,8 +145,9 @@ class Checkpoints:
           DamagedError: it cannot be read, or it was altered.
         """
         meta = self._read(step, "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-        if not isinstance(meta, dict) or _meta_digest(meta) != meta["digests"].get("meta"):
-            raise self._damaged(step, "meta", "it is not what was written")
+        digests = meta.get("digests") if isinstance(meta, dict) else None
+        if not isinstance(digests, dict) or _meta_digest(meta) != digests.get("meta"):
+            raise self._damaged(step, "meta", "it is not what was written, or written without digests")
         return meta
 
     def restore(self, step: int, meta: dict[str, Any], shapes: TrainState) -> TrainState:
@@ -236,7 +237,7 @@ def _counters(state: TrainState) -> dict[str, Any]:
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:
-    digests = {name: value for name, value in meta.get("digests", {}).items() if name != "meta"}
+    digests = {name: value for name, value in meta["digests"].items() if name != "meta"}
     return hashlib.sha256(json.dumps(meta | {"digests": digests}, sort_keys=True).encode()).hexdigest()
 
 

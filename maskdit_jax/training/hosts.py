@@ -118,7 +118,9 @@ def _start(flags: argparse.Namespace) -> Peers:
     try:
         return peers.connect(from_first, flags.peer_timeout, flags.stall_timeout)
     except OSError as error:
-        raise UserError(f"cannot reach process 0 of the run: {error}; is a firewall in the way?") from error
+        raise UserError(
+            f"the processes do not all reach process 0: {error}; open all ports in the firewall"
+        ) from error
 
 
 def _launcher(flags: argparse.Namespace) -> str | None:
