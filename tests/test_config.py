@@ -282,7 +282,8 @@ def test_negative_number_is_an_error(name):
 MAY_BE_0 = """
     seed model.num_classes diffusion.P_mean diffusion.mae_coef diffusion.label_dropout
     diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay optimizer.warmup_kimg optimizer.b1
-    optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data report.preview_steps
+    optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data checkpoint.keep_every_steps
+    report.preview_steps
     sampling.cfg_scale sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
     evaluation.num_samples
 """.split()

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from maskdit_jax.api import Model, load
+from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
@@ -34,7 +35,8 @@ def finish(workdir: Path) -> None:
     checkpoints.close()
     card_file, grid_file = workdir / CARD, workdir / GRID
     card = json.loads(card_file.read_text()) if card_file.exists() else {}
-    wanted = meta["config"]["evaluation"]["num_samples"]
+    config = ConfigDict(meta["config"])
+    wanted = config.evaluation.num_samples
     saved_at = (workdir / FOLDER / str(step)).stat().st_mtime
     grid_is_new = grid_file.exists() and grid_file.stat().st_mtime >= saved_at
     if from_first(not grid_is_new or bool(wanted and card.get("step") != step)):
