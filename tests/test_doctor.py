@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import free_port, two_process_flags
 
 from maskdit_jax.doctor import CHECKS, room_for_checkpoints
 from maskdit_jax.errors import UserError
@@ -46,11 +46,6 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
         process.kill()
     assert "Traceback" not in printed + complained
     return process.returncode, printed, complained
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
 
 
 def results(printed: str) -> dict[str, tuple[str, str]]:
@@ -109,7 +104,7 @@ def test_coordinator_that_does_not_answer_is_named_in_time():
 
 def two_processes(flags: list[list[str]]) -> list[tuple[int, str, str]]:
     """The command as two processes of one run, with their own flags."""
-    together = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    together = two_process_flags()
     return [end(process) for process in [start([*together, f"--process_id={i}", *flags[i]]) for i in (0, 1)]]
 
 
@@ -131,7 +126,7 @@ def test_collective_that_another_process_does_not_join_ends_in_time():
     slow = (
         "import time\nfrom maskdit_jax import doctor\ndoctor._Checks.arithmetic = lambda self: time.sleep(60)"
     )
-    together = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--connect_timeout=6"]
+    together = [*two_process_flags(), "--connect_timeout=6"]
     first = start([*together, "--process_id=0"])
     second = start([*together, "--process_id=1"], before=slow)
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import two_process_flags
 
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.training.build import build
@@ -199,10 +200,8 @@ def test_sigterm_saves_and_asks_to_be_run_again(start, finish, reference, tmp_pa
 
 
 @contextlib.contextmanager
-def two_processes(start, workdir: Path) -> Iterator[list[subprocess.Popen]]:
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+def two_processes(start, workdir: Path, *more: str) -> Iterator[list[subprocess.Popen]]:
+    flags = [*two_process_flags(), *more]
     processes = [start(command(workdir, None, *flags, f"--process_id={i}")) for i in range(2)]
     yield processes
     for process in processes:
@@ -238,7 +237,7 @@ def test_sigterm_to_one_of_two_processes_saves_in_both(start, reference, tmp_pat
     stopped = [re.search(r"^stopped by SIGTERM at step (\d+): step \1 is saved", s, re.M)[1] for s in said]
     assert stopped[0] == stopped[1]
     with two_processes(start, tmp_path) as processes:
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        said = [process.communicate(timeout=180)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], said
     assert resumed_at(said[0]) == int(stopped[0])
     assert difference(tmp_path, reference) <= 1e-5
@@ -246,15 +245,10 @@ def test_sigterm_to_one_of_two_processes_saves_in_both(start, reference, tmp_pat
 
 
 def test_process_that_hangs_is_named(start, tmp_path, outcome):
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", "--num_processes=2", "--peer_timeout=4"]
-    processes = [start(command(tmp_path, None, *flags, f"--process_id={i}")) for i in range(2)]
-    wait_for_step(tmp_path, 4)
-    processes[1].send_signal(signal.SIGSTOP)
-    said = processes[0].communicate(timeout=60)[0]
-    processes[1].kill()
-    processes[1].communicate()
+    with two_processes(start, tmp_path, "--peer_timeout=4") as processes:
+        wait_for_step(tmp_path, 4)
+        processes[1].send_signal(signal.SIGSTOP)
+        said = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 76, said
     assert f"error: process 1 (pid {processes[1].pid} on" in said
     assert "hangs: nothing was heard of it for 4 s" in said
@@ -445,9 +439,7 @@ def test_two_processes_sample_the_same_files_as_one(stopped_run, environment, tm
         [*sample, f"--out={tmp_path / 'one'}"], env=environment, capture_output=True, text=True
     )
     assert one.returncode == 0, one.stderr
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    several = [f"--out={tmp_path / 'two'}", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    several = [f"--out={tmp_path / 'two'}", *two_process_flags()]
     processes = [
         subprocess.Popen([*sample, *several, f"--process_id={i}"], env=environment, stdout=subprocess.DEVNULL)
         for i in range(2)

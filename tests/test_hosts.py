@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import two_process_flags
 
 from maskdit_jax import main
 from maskdit_jax.data.pipeline import batches
@@ -27,14 +28,9 @@ with joined(parser.parse_args()) as peers:
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
 def in_two_processes(commands: list[list], *flags: str) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of two commands that flags make one run."""
-    several = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", *flags]
+    several = [*two_process_flags(), *flags]
     return run_all([([*command, *several, f"--process_id={i}"], {}) for i, command in enumerate(commands)])
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import two_process_flags
 from run_steps import BAD_STEP, BATCH_SIZE, run_steps
 
 from maskdit_jax.config import load, resolve
@@ -20,11 +20,6 @@ from maskdit_jax.training.digest import digest
 from maskdit_jax.training.mesh import bytes_of, describe_placement, make_mesh, state_shardings
 
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 @functools.cache
@@ -57,7 +52,7 @@ def test_twenty_steps_are_the_same_in_two_processes(tmp_path):
         "--fsdp=2",
         f"--out={tmp_path / 'out'}",
     ]
-    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    command += two_process_flags()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     run = functools.partial(subprocess.Popen, env=environment, stderr=subprocess.PIPE, text=True)
     processes = [run([*command, f"--process_id={i}"]) for i in range(2)]
