@@ -86,7 +86,8 @@ def describe_placement(state: Any, mesh: Mesh) -> str:
         f"are whole ({bytes_of(kept)[0] / 1e6:,.1f} MB)"
     )
     spans = len({device.process_index for device in mesh.devices[0]})
-    return text + f"; fsdp spans {spans} processes: parameters cross the network in every step" * (spans > 1)
+    across = f"; fsdp spans {spans} processes: keep these on one host, or parameters cross the network"
+    return text + across * (spans > 1)
 
 
 def _fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
