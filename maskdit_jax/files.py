@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from maskdit_jax.errors import UserError
 
@@ -50,26 +51,40 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it, or nobody can write there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                raise UserError(
-                    f"{folder} is being written by {file.read().strip() or 'another process'}: wait for it, "
-                    "stop it, or choose another folder"
-                ) from error
-            log.warning(
-                f"warning: {folder} cannot be locked ({error.strerror}): let no other run write there"
-            )
+    with _open_lock(folder) as file:
         with contextlib.suppress(OSError):  # a full disk: the lock counts, not what it says
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+
+
+def _open_lock(folder: Path) -> TextIO:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                with file:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{folder} is being written by {holder}: wait for it, stop it, or choose another folder"
+                ) from error
+            log.warning(
+                f"warning: {folder} cannot be locked ({error.strerror}): let no other run write there"
+            )
+        # The holder before may have removed the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        file.close()

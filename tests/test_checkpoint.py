@@ -94,3 +94,4 @@ def test_folder_is_locked_while_a_run_writes_and_free_after(tmp_path):
         pass
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith("pid ")
+    assert list(tmp_path.iterdir()) == []

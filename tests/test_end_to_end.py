@@ -17,7 +17,6 @@ from PIL import Image
 from maskdit_jax import load, main, sample
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import to_uint8
-from maskdit_jax.files import LOCK
 from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import Checkpoints, open_run
 from maskdit_jax.training.report import PREVIEW_ENLARGE
@@ -123,9 +122,8 @@ def assert_identical(actual, expected) -> None:
 
 
 def all_files(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """When every file of a folder was written, and what is in it; not the lock, which says who was last."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != LOCK]
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+    """When every file of a folder was written, and what is in it."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
 def assert_one_line_error(code: int, stderr: str) -> None:

@@ -26,7 +26,7 @@ from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import open_run
 
 ROOT = Path(__file__).parent.parent
-NUM_STEPS, SAVE_EVERY = 60, 5
+NUM_STEPS, SHORT, SAVE_EVERY = 60, 30, 5
 OPTIONS = {
     "model.hidden_size": 64,
     "model.depth": 1,
@@ -91,16 +91,16 @@ def finish(start):
         process = start(arguments, devices)
         said = process.communicate()[0]
         assert process.returncode == 0, said
-        assert f"finished at step {NUM_STEPS}:" in said
+        assert re.search(r"^finished at step (30|60):", said, re.M)
         return said
 
     return finish
 
 
-def state_of(workdir: Path) -> list[np.ndarray]:
-    """Every array of the newest checkpoint, and the position in the data."""
+def state_of(workdir: Path, step: int | None = None) -> list[np.ndarray]:
+    """Every array of a checkpoint, by default the newest, and the position in the data."""
     checkpoints = open_run(workdir)
-    step = checkpoints.steps[-1]
+    step = step or checkpoints.steps[-1]
     meta = checkpoints.meta(step)
     config = ConfigDict(meta["config"])
     config.mesh.data, config.mesh.fsdp = 1, 1
@@ -109,21 +109,22 @@ def state_of(workdir: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def reference(finish, tmp_path_factory) -> list[np.ndarray]:
-    """The last state of a run that nothing happened to, on one device."""
+def reference(finish, tmp_path_factory) -> Path:
+    """A run that nothing happened to, on one device, with its states of the steps SHORT and NUM_STEPS."""
     workdir = tmp_path_factory.mktemp("reference")
-    finish(command(workdir))
-    return state_of(workdir)
+    finish(command(workdir, {"checkpoint.keep_every_steps": SHORT}))
+    return workdir
 
 
-def difference(workdir: Path, reference: list[np.ndarray]) -> float:
-    """Distance of the last state from the reference's, relative; 0.0 means the same bits."""
-    state = state_of(workdir)
-    assert [x.dtype for x in state] == [x.dtype for x in reference]
-    if all(np.array_equal(a, b) for a, b in zip(state, reference, strict=True)):
+def difference(workdir: Path, reference: Path, step: int = NUM_STEPS) -> float:
+    """Distance of the last state, which is of `step`, from the reference's, relative; 0.0: the same bits."""
+    assert steps_of(workdir)[-1] == step
+    state, expected = state_of(workdir), state_of(reference, step)
+    assert [x.dtype for x in state] == [x.dtype for x in expected]
+    if all(np.array_equal(a, b) for a, b in zip(state, expected, strict=True)):
         return 0.0
-    distances = [np.linalg.norm(np.float64(a) - b) for a, b in zip(state, reference, strict=True)]
-    return max(np.linalg.norm(distances) / np.linalg.norm([np.linalg.norm(b) for b in reference]), 1e-300)
+    distances = [np.linalg.norm(np.float64(a) - b) for a, b in zip(state, expected, strict=True)]
+    return max(np.linalg.norm(distances) / np.linalg.norm([np.linalg.norm(b) for b in expected]), 1e-300)
 
 
 def resumed_at(said: str) -> int:
@@ -201,8 +202,8 @@ def test_sigterm_saves_and_asks_to_be_run_again(start, finish, reference, tmp_pa
 
 @contextlib.contextmanager
 def two_processes(start, workdir: Path, *more: str) -> Iterator[list[subprocess.Popen]]:
-    flags = [*two_process_flags(), *more]
-    processes = [start(command(workdir, None, *flags, f"--process_id={i}")) for i in range(2)]
+    flags, options = [*two_process_flags(), *more], {"training.num_steps": SHORT}
+    processes = [start(command(workdir, options, *flags, f"--process_id={i}")) for i in range(2)]
     yield processes
     for process in processes:
         process.kill()
@@ -221,8 +222,8 @@ def test_survivor_of_a_killed_process_names_it(victim, start, finish, reference,
     assert processes[1 - victim].returncode == 76, said
     assert f"error: process {victim} (pid {processes[victim].pid} on" in said
     assert "Traceback" not in said
-    step = resumed_at(finish(command(tmp_path)))
-    assert difference(tmp_path, reference) <= 1e-5
+    step = resumed_at(finish(command(tmp_path, {"training.num_steps": SHORT})))
+    assert difference(tmp_path, reference, SHORT) <= 1e-5
     case = f"SIGKILL of process {victim} of 2, then 1 process"
     outcome(case, f"exit code 76 after {seconds:.1f} s, resumed at {step}", "≤ 1e-5")
 
@@ -240,7 +241,7 @@ def test_sigterm_to_one_of_two_processes_saves_in_both(start, reference, tmp_pat
         said = [process.communicate(timeout=180)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], said
     assert resumed_at(said[0]) == int(stopped[0])
-    assert difference(tmp_path, reference) <= 1e-5
+    assert difference(tmp_path, reference, SHORT) <= 1e-5
     outcome("SIGTERM to 1 of 2, then 2 processes", f"exit codes 75, resumed at {stopped[0]}", "≤ 1e-5")
 
 
@@ -407,10 +408,11 @@ def test_another_mesh_goes_on(start, finish, reference, tmp_path, outcome):
     process = start(command(tmp_path, {"mesh.data": 8}), devices=8)
     said = kill_after(process, r"^step 7/", number=signal.SIGTERM)
     assert "data 8 × fsdp 1" in said
-    said = finish(command(tmp_path, {"mesh.data": 2, "mesh.fsdp": 4}), devices=8)
+    options = {"mesh.data": 2, "mesh.fsdp": 4, "training.num_steps": SHORT}
+    said = finish(command(tmp_path, options), devices=8)
     assert "data 2 × fsdp 4" in said
     assert re.search(r"on each device: [1-9]\d* arrays are cut over fsdp=4", said)
-    assert difference(tmp_path, reference) <= 1e-5
+    assert difference(tmp_path, reference, SHORT) <= 1e-5
     outcome("8×1 devices, then 2×4", f"resumed at {resumed_at(said)}", "≤ 1e-5")
 
 
