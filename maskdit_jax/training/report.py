@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import jax
 import numpy as np
@@ -31,17 +30,17 @@ def log_to_stdout() -> None:
     # What Orbax and its threads print of an error that we catch and report.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _ignore_closed_loop
+    sys.unraisablehook = _ignore_closed_loop
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
 
 
-def _ignore_closed_loop(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+def _ignore_closed_loop(ignored: "sys.UnraisableHookArgs") -> None:
     """TensorStore's threads answer to an event loop that Orbax closed when another of them failed."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if str(ignored.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(ignored)
 
 
 class Reporter:
