@@ -159,14 +159,11 @@ class _Checks:
         """The source opens and gives batches; how fast."""
         if self._config is None:
             return ""
-        # Imported here because they need grain, without which the other checks can be made.
-        from maskdit_jax.data.pipeline import batches
-        from maskdit_jax.training.loop import open_configured_source
+        # Imported here because it needs grain, without which the other checks can be made.
+        from maskdit_jax.training.loop import host_batches, open_configured_source
 
         source, started = open_configured_source(self._config), time.perf_counter()
-        where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        sizes = {"batch_size": self._config.training.batch_size, "num_threads": self._config.data.num_threads}
-        *_, part = itertools.islice(batches(source, seed=self._config.seed, **sizes, **where), BATCHES_READ)
+        *_, part = itertools.islice(host_batches(source, self._config, 0), BATCHES_READ)
         speed = BATCHES_READ * len(part["label"]) / (time.perf_counter() - started)
         shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in part.items())
         return f"{len(source):,} items; {shapes} in each process; {speed:,.0f} items/s in the first batches"

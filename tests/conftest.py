@@ -3,6 +3,7 @@
 The programs compiled in one test run, in this process and in the commands it starts, share a cache.
 """
 
+import logging
 import os
 import tempfile
 
@@ -16,6 +17,18 @@ import pytest  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def messages(caplog):
+    """What the package logs reaches `caplog`, even where a command has taken its messages to the console."""
+    log = logging.getLogger("maskdit_jax")
+    before = log.handlers, log.propagate
+    log.handlers, log.propagate = [], True
+    caplog.set_level(logging.INFO, "maskdit_jax")
+    yield
+    log.handlers, log.propagate = before
+
 
 MATRIX = pytest.StashKey[list]()
 

@@ -21,6 +21,7 @@ from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.data.shards import METADATA, open_shards, read_report
 from maskdit_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("messages")
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden/data"
 LMDB, TARS, TARS_NUMPY2 = (
@@ -57,16 +58,6 @@ def assert_golden(labels: np.ndarray, moments: np.ndarray) -> None:
     np.testing.assert_allclose(moments.sum((1, 2, 3), np.float64), EXPECTED["sums"][:n], rtol=1e-9)
     np.testing.assert_array_equal(moments.reshape(n, -1)[:, :4], EXPECTED["first4"][:n])
     np.testing.assert_array_equal(moments[0], EXPECTED["moments_item0"])
-
-
-@pytest.fixture(autouse=True)
-def _messages(caplog):
-    log = logging.getLogger("maskdit_jax")
-    before = log.handlers, log.propagate
-    log.handlers, log.propagate = [], True
-    caplog.set_level(logging.INFO, "maskdit_jax")
-    yield
-    log.handlers, log.propagate = before
 
 
 @pytest.mark.parametrize("source", ALIKE, ids=ALIKE.values())

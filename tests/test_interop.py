@@ -28,6 +28,7 @@ from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.training.checkpoint import open_run
 from maskdit_jax.training.state import init_params
 
+pytestmark = pytest.mark.usefixtures("messages")
 ROOT = Path(__file__).parent.parent
 SMALL = {"channels": 1, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 8}
 SMALL |= {"num_classes": 10, "decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -48,16 +49,6 @@ def random_tensors(options: dict, seed: int = 0) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
     return random_tensors(SMALL)
-
-
-@pytest.fixture(autouse=True)
-def _messages(caplog):
-    log = logging.getLogger("maskdit_jax")
-    before = log.handlers, log.propagate
-    log.handlers, log.propagate = [], True
-    caplog.set_level(logging.INFO, "maskdit_jax")
-    yield
-    log.handlers, log.propagate = before
 
 
 def assert_same_tensors(actual, expected) -> None:

@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
         every_steps=config.report.every_steps,
         tensorboard=config.report.tensorboard and jax.process_index() == 0,
     )
-    device_batches = to_devices(_host_batches(source, config, items), batch_sharding(training.mesh))
+    device_batches = to_devices(host_batches(source, config, items), batch_sharding(training.mesh))
     started = time.monotonic()
 
     def save():
@@ -148,6 +148,7 @@ def _stop(checkpoints: Checkpoints, step: int, saved_step: int) -> NoReturn:
 
 
 def open_configured_source(config: ConfigDict) -> Source:
+    """The source that a resolved configuration names, compared with its model."""
     source = open_source(
         config.data.source,
         image_size=config.model.image_size,
@@ -162,7 +163,8 @@ def open_configured_source(config: ConfigDict) -> Source:
     return source
 
 
-def _host_batches(source: Source, config: ConfigDict, start_item: int) -> Iterator[Batch]:
+def host_batches(source: Source, config: ConfigDict, start_item: int) -> Iterator[Batch]:
+    """This process's parts of the run's batches, from a position in the run's order of items."""
     return batches(
         source,
         batch_size=config.training.batch_size,

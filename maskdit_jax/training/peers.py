@@ -35,8 +35,7 @@ class Peers:
         self._step, self._finished = 0, False
         self._lock = threading.Lock()
         if connections:
-            self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def at(self, step: int) -> None:
         """This process has reached `step`."""
