@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.guidance import guide
 from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
+from maskdit_jax.log import log
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints, open_run
 from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, repeat_to, to_host, to_mesh
 from maskdit_jax.training.state import Params, init_params, network_graph
-
-log = logging.getLogger("maskdit_jax")
 
 MAX_SEED = 2**32 - 1
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import itertools
-import logging
 import os
 import re
 import secrets
@@ -22,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdit_jax.config import load, resolve
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, first_line
+from maskdit_jax.log import log
 from maskdit_jax.training import mesh
 from maskdit_jax.training.build import build
 from maskdit_jax.training.hosts import GPU_REMEDY, everywhere, from_first, joined
 from maskdit_jax.training.peers import Peers, end_process
-
-log = logging.getLogger("maskdit_jax")
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OPTIONAL = {  # and what there is not without each
@@ -238,7 +236,7 @@ def _give_up(name: str, problem: str, peers: Peers | None = None) -> None:
 
 def _line(error: Exception) -> str:
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return kind + (str(error).strip().splitlines() or ["no message"])[0]
+    return kind + first_line(error)
 
 
 def _numbers(version: str) -> list[int]:

@@ -19,6 +19,22 @@ def known(name: str, names: Iterable[str], how_many: int = 5) -> str:
     return ", ".join(ranked[:how_many]) + more
 
 
+def printable(text: object) -> str:
+    """A text as one line that any console can show.
+
+    Names of files and other foreign words may hold line breaks, control characters and bytes that are
+    no UTF-8 (surrogates in Python): these are escaped.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def first_line(error: BaseException, length: int = 300) -> str:
+    """What an error says in its first line, at most `length` characters; its type where it says nothing."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = printable(line) or type(error).__name__
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of a command, refused in one line."""
 
@@ -32,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command continues a run from its newest checkpoint", file=sys.stderr)

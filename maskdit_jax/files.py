@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import shutil
 import socket
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from maskdit_jax.errors import UserError
-
-log = logging.getLogger("maskdit_jax")
+from maskdit_jax.log import log
 
 LOCK = ".lock"
 

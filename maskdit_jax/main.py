@@ -13,9 +13,9 @@ from maskdit_jax.config import load, resolve
 from maskdit_jax.errors import Parser
 from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
+from maskdit_jax.log import log_to_stdout
 from maskdit_jax.training.hosts import add_flags, joined
 from maskdit_jax.training.loop import train
-from maskdit_jax.training.report import log_to_stdout
 
 
 def main(arguments: list[str] | None = None) -> None:

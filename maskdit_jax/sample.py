@@ -16,10 +16,10 @@ from maskdit_jax.api import MAX_SEED, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
 from maskdit_jax.errors import Parser, UserError
+from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.checkpoint import WEIGHTS
 from maskdit_jax.training.hosts import add_flags, joined
-from maskdit_jax.training.report import log, log_to_stdout
 
 FORMATS = ("png", "npz", "grid")
 MAX_GRID = 400

@@ -9,8 +9,8 @@ from pathlib import Path
 try:
     from maskdit_jax.doctor import diagnose
     from maskdit_jax.errors import Parser
+    from maskdit_jax.log import log_to_stdout
     from maskdit_jax.training.hosts import add_flags
-    from maskdit_jax.training.report import log_to_stdout
 except ModuleNotFoundError as error:
     sys.exit(f"FAILED  packages: {error.name} is not installed; pip install -e . in the repository")
 

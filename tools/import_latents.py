@@ -5,7 +5,7 @@ from pathlib import Path
 from maskdit_jax.data.importing import import_latents
 from maskdit_jax.data.published import INPUTS, READERS
 from maskdit_jax.errors import Parser, one_line_errors
-from maskdit_jax.training.report import log_to_stdout
+from maskdit_jax.log import log_to_stdout
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.interop.exchange import import_torch
-from maskdit_jax.training.report import log_to_stdout
+from maskdit_jax.log import log_to_stdout
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ from maskdit_jax.data.images import centre_square, to_float
 from maskdit_jax.data.shards import METADATA, finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.errors import UserError
 from maskdit_jax.files import appears_whole
-
-log = logging.getLogger("maskdit_jax")
+from maskdit_jax.log import duration, log
 
 SETTINGS = "encoding.json"
 DTYPES = ("float16", "float32")
@@ -181,5 +179,5 @@ class _Progress:
         if now - self._reported >= SECONDS_BETWEEN_REPORTS or not self._left:
             self._reported = now
             speed = self._done / (now - self._started)
-            minutes, seconds = divmod(round(self._left / speed), 60)
-            log.info(f"{self._done:,} images · {speed:,.1f} images/s · {minutes}m{seconds:02d}s left")
+            left = duration(self._left / speed)
+            log.info(f"{self._done:,} images · {speed:,.1f} images/s · {left} left")

@@ -1,7 +1,6 @@
 """The published caches of latents, LMDB or webdataset tars, as the shards that we train from."""
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ import numpy as np
 from maskdit_jax.data.published import INPUTS, READERS, Items
 from maskdit_jax.data.shards import METADATA, STATS, finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.errors import UserError
-
-log = logging.getLogger("maskdit_jax")
+from maskdit_jax.log import log
 
 
 def import_latents(

@@ -9,7 +9,6 @@ import array
 import contextlib
 import functools
 import io
-import logging
 import math
 import pickle
 import re
@@ -21,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskdit_jax.errors import UserError
-
-log = logging.getLogger("maskdit_jax")
+from maskdit_jax.log import log
 
 CHANNELS = 8  # four means, four log-variances
 

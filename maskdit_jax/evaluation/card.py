@@ -1,7 +1,6 @@
 """The evaluation card of the digits run: what was measured, how, and what the real data score."""
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.files import appears_whole
+from maskdit_jax.log import log
 from maskdit_jax.training.checkpoint import FOLDER, open_run
 from maskdit_jax.training.hosts import from_first
 from maskdit_jax.training.report import sample_grid
-
-log = logging.getLogger("maskdit_jax")
 
 CARD, GRID = "card.json", "samples.png"
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +30,13 @@ from maskdit_jax.interop.torch_io import (
     shapes_of,
     write_file,
 )
+from maskdit_jax.log import log
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints
 from maskdit_jax.training.state import Params, init_params
 
 if TYPE_CHECKING:
     from maskdit_jax.api import Model
-
-log = logging.getLogger("maskdit_jax")
 
 CONFIG, CARD = "config.json", "MODEL_CARD.md"
 # Names of the weights in a .pt file, as the authors' code writes and loads them, and ours.

@@ -5,7 +5,6 @@ Nothing in a file is ever run. What does not fit is refused with its names befor
 
 import argparse
 import json
-import logging
 import re
 import zipfile
 from collections.abc import Mapping
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.files import appears_whole
 from maskdit_jax.interop.names import Shapes
-
-log = logging.getLogger("maskdit_jax")
+from maskdit_jax.log import log
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 HALF_PRECISION = ("float16", "bfloat16")
@@ -108,8 +106,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
                 "Nothing was run. Ask its author for .safetensors, or, if you trust the file, load it with "
                 "torch and save its tensors alone"
             ) from None
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise UserError(f"{path} is damaged or not a PyTorch file: {reason[0][:200]}") from error
+        raise UserError(f"{path} is damaged or not a PyTorch file: {first_line(error, 200)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, expected tensors by name")
     return dict(content)
@@ -234,7 +231,7 @@ def write_file(path: Path, sets: dict[str, dict[str, np.ndarray]]) -> None:
         except UserError:
             raise
         except Exception as error:  # a full disk is another exception in each library
-            raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} could not be written: {first_line(error)}") from error
         for name, tensors in sets.items():
             back = {key: np.asarray(value) for key, value in written[name].items()}
             same = back.keys() == tensors.keys() and all(

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +12,10 @@ import orbax.checkpoint as ocp
 
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.errors import UserError
+from maskdit_jax.log import log
 from maskdit_jax.training.digest import digest
 from maskdit_jax.training.hosts import everywhere, from_first
 from maskdit_jax.training.state import Params, TrainState
-
-log = logging.getLogger("maskdit_jax")
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 # The two sets of weights by the names of the flags, and the items that hold them.

@@ -19,11 +19,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdit_jax.errors import UserError, one_line_errors
+from maskdit_jax.errors import UserError, first_line, one_line_errors
+from maskdit_jax.log import log
 from maskdit_jax.training import peers
 from maskdit_jax.training.peers import PEER_LOST, Peers
-
-log = logging.getLogger("maskdit_jax")
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 GPU_REMEDY = "pip install 'maskdit_jax[cuda12]', and leave JAX_PLATFORMS unset"
@@ -59,9 +58,8 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
             jax.devices()
         except RuntimeError as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            reason = next(iter(str(error).splitlines()), "")
             raise UserError(
-                f"JAX finds no devices with {asked}: {reason}; for NVIDIA GPUs {GPU_REMEDY}"
+                f"JAX finds no devices with {asked}: {first_line(error)}; for NVIDIA GPUs {GPU_REMEDY}"
             ) from error
     if jax.process_count() == 1:
         with one_line_errors():

@@ -1,7 +1,6 @@
 """The training loop: data → step → report → checkpoint → preview. No mathematics."""
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from maskdit_jax.data.autoencoder import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import Batch, Source, open_source
 from maskdit_jax.errors import UserError
+from maskdit_jax.log import log
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
 from maskdit_jax.training.hosts import PREEMPTED, Preemption
@@ -23,8 +23,6 @@ from maskdit_jax.training.mesh import batch_sharding, describe_placement, whole_
 from maskdit_jax.training.peers import Peers
 from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
-
-log = logging.getLogger("maskdit_jax")
 
 
 def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:

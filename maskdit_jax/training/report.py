@@ -2,9 +2,7 @@
 
 import collections
 import contextlib
-import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,32 +13,13 @@ import numpy as np
 from maskdit_jax.api import Model
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.errors import UserError
+from maskdit_jax.log import duration, log
 from maskdit_jax.training.step import Metrics
-
-log = logging.getLogger("maskdit_jax")
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
 IN_FLIGHT = 2
 # Images of fewer pixels than this per side are shown enlarged.
 SMALL_IMAGE, PREVIEW_ENLARGE = 64, 4
-
-
-def log_to_stdout() -> None:
-    """Print the package's messages, and nothing else, as plain lines on standard output."""
-    # What Orbax and its threads print of an error that we catch and report.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _ignore_closed_loop
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-
-
-def _ignore_closed_loop(ignored: "sys.UnraisableHookArgs") -> None:
-    """TensorStore's threads answer to an event loop that Orbax closed when another of them failed."""
-    if str(ignored.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(ignored)
 
 
 class Reporter:
@@ -106,7 +85,7 @@ class Reporter:
         parts = [f"step {self._step:,}/{self._num_steps:,}"]
         parts += [f"{name} {means[name]:.4f}" for name in names if name in means]
         parts += [f"{speed:,.0f} images/s"] if speed else []
-        parts += [f"{_duration(self._time_left(now))} left"] if speed else []
+        parts += [f"{duration(self._time_left(now))} left"] if speed else []
         parts += [f"{skipped} non-finite steps skipped"] if skipped else []
         log.info(" · ".join(parts))
         if self._writer:
@@ -181,9 +160,3 @@ def _tensorboard_writer(folder: Path):
         ) from error
     tf.config.set_visible_devices([], "GPU")
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
