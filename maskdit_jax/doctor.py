@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import os
 import re
-import secrets
 import shutil
 import sys
 import tempfile
@@ -14,18 +13,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import ConfigDict, load, resolve
 from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.log import log
+from maskdit_jax.log import counted, log
 from maskdit_jax.training import mesh
-from maskdit_jax.training.build import build
-from maskdit_jax.training.hosts import GPU_REMEDY, everywhere, from_first, joined
+from maskdit_jax.training.agreement import (
+    agree,
+    check_same_folder,
+    data_identity,
+    nearest,
+    run_options,
+    this_process,
+)
+from maskdit_jax.training.build import Training, build
+from maskdit_jax.training.hosts import GPU_REMEDY, everywhere, joined
 from maskdit_jax.training.peers import Peers, end_process
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -60,26 +67,29 @@ class _Checks:
 
     def __init__(self, flags: argparse.Namespace, overrides: list[str], peers: Peers):
         self._flags, self._overrides, self._peers = flags, overrides, peers
-        self._config = self._training = None  # until the configuration is found right
+        # Until the configuration, then the data, are found right.
+        self._config: ConfigDict | None = None
+        self._training: Training | None = None
+        self._data: dict[str, Any] = {}
 
     def make(self) -> None:
         """All checks, then the summary; a failed one stops those that need what it makes."""
-        passed, failed = set(), set()
+        passed, wrong = set(), set()
         for name in CHECKS:
             try:
                 if found := getattr(self, name)():
                     passed.add(name)
                     log.info(f"ok      {name}: {found}")
             except Exception as error:  # of whatever kind: its line is the diagnosis, and others follow
-                failed.add(name)
+                wrong.add(name)
                 of_whom = f" of process {jax.process_index()}" if jax.process_index() else ""
                 log.error(f"FAILED  {name}{of_whom}: {_line(error)}")
                 if name == "collectives" and jax.process_count() > 1:
                     _give_up("the rest", "not checked, because it needs collectives", self._peers)
-        failed = [name for name in CHECKS if not everywhere(name not in failed)]
+        failed = [name for name in CHECKS if not everywhere(name not in wrong)]
         count = len(passed.union(failed))
         if failed:
-            log.info(f"{len(failed)} of {count} checks failed: {', '.join(failed)}")
+            log.info(f"{len(failed)} of {counted(count, 'check')} failed: {', '.join(failed)}")
             self._peers.finished()  # the others end as this one does, and miss nobody
             sys.exit(1)
         log.info(f"all {count} checks passed")
@@ -88,7 +98,8 @@ class _Checks:
         """The core is there and new enough; what else there is."""
         there = {str(d.name).lower().replace("_", "-"): d for d in reversed([*metadata.distributions()])}
         asked = (there["maskdit-jax"].requires or []) if "maskdit-jax" in there else []
-        least = dict(match.groups() for line in asked if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line)))
+        matches = [re.fullmatch(r"([\w-]+)>=([\d.]+)", line) for line in asked]
+        least = {match[1]: match[2] for match in matches if match}
         versions = {name: there[name].version for name in (*CORE, *OPTIONAL) if name in there}
         old = [name for name in CORE if _numbers(versions.get(name, "")) < _numbers(least.get(name, ""))]
         if old:
@@ -124,7 +135,7 @@ class _Checks:
             if not (errors[-1] <= LARGEST_ERROR and bool(jnp.isfinite(half).all())):
                 error = f"{device} is {errors[-1]:.1e} off in float32, or not finite in bfloat16"
                 raise UserError(f"{error}; reinstall jaxlib, or hide the device (CUDA_VISIBLE_DEVICES)")
-        return f"float32 within {max(errors):.1e} on {len(errors)} device(s), bfloat16 finite"
+        return f"float32 within {max(errors):.1e} on {counted(len(errors), 'device')}, bfloat16 finite"
 
     def collectives(self) -> str:
         """A sum over all devices of all processes is right, and ends in time."""
@@ -140,16 +151,17 @@ class _Checks:
         if total != count * (count + 1) / 2:
             raise UserError(f"a sum is {total:g}, expected {count * (count + 1) / 2:g}; reinstall jaxlib")
         first, second = (1000 * s for s in seconds)
-        return f"a sum over {count} device(s) in {second:.1f} ms, the first in {first:.1f} ms"
+        return f"a sum over {counted(count, 'device')} in {second:.1f} ms, the first in {first:.1f} ms"
 
     def configuration(self) -> str:
         """It is consistent; how its state lies on these devices, and what they have free."""
         if not self._flags.config:
             return ""
         config = resolve(load(self._flags.config, self._overrides), device_count=jax.device_count())
-        self._config, self._training = config, build(config)
+        training = build(config)
+        self._config, self._training = config, training
         free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in _memory()]
-        placement = mesh.describe_placement(self._training.state_shapes, self._training.mesh)
+        placement = mesh.describe_placement(training.state_shapes, training.mesh)
         found = f"mesh of data {config.mesh.data} × fsdp {config.mesh.fsdp}; {placement}"
         return found + (f"; {min(free) / 1e9:,.1f} GB of each device are free" if free else "")
 
@@ -161,6 +173,7 @@ class _Checks:
         from maskdit_jax.training.loop import host_batches, open_configured_source
 
         source, started = open_configured_source(self._config), time.perf_counter()
+        self._data = data_identity(self._config, source)
         *_, part = itertools.islice(host_batches(source, self._config, 0), BATCHES_READ)
         speed = BATCHES_READ * len(part["label"]) / (time.perf_counter() - started)
         shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in part.items())
@@ -170,47 +183,45 @@ class _Checks:
         """It, or the nearest one above it, can be written to and has room for the checkpoints."""
         if not self._flags.workdir:
             return ""
-        there = _nearest(self._flags.workdir)
+        there = nearest(self._flags.workdir)
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             raise UserError(f"cannot write to {there}: {error.strerror}; choose another --workdir") from error
         free = shutil.disk_usage(there).free
         room = f"{there} can be written to, {free / 1e9:,.1f} GB are free"
-        if self._training:
+        if self._training and self._config:
             size, _ = mesh.bytes_of(self._training.state_shapes)
             saved = sum(path.name.isdigit() for path in self._flags.workdir.glob("checkpoints/*"))
             room += f"; {room_for_checkpoints(free, size, self._config.checkpoint.keep, saved)}"
         return room
 
-    def same_folder(self) -> str:
-        """All processes see a file that process 0 leaves in the folder, or in the nearest one above it."""
-        if not self._flags.workdir or jax.process_count() == 1:
+    def agreement(self) -> str:
+        """All processes have the same options, software and data, and see the same folder."""
+        if jax.process_count() == 1:
             return ""
-        marker = _nearest(self._flags.workdir) / from_first(f".doctor-{secrets.token_hex(8)}")
-        with contextlib.suppress(OSError):  # whatever goes wrong in one process, the others wait for it below
-            if jax.process_index() == 0:
-                marker.touch()
-        everywhere(True)
-        seen_by_all = everywhere(os.path.exists(marker))
-        if jax.process_index() == 0:
-            marker.unlink(missing_ok=True)
-        if not seen_by_all:
-            remedy = "give all the same absolute --workdir, on a file system that the hosts share"
-            raise UserError(f"a file that process 0 leaves is not in {marker.parent} for all; {remedy}")
-        return f"all processes see {marker.parent}"
+        config, workdir = self._config, self._flags.workdir
+        folder = {"--workdir": str(workdir.resolve())} if workdir else {}
+        agree({"the command": "doctor"} | this_process() | folder | {"--config": bool(self._flags.config)})
+        # What one process has not found, it has reported; the others' cannot be compared with it.
+        if everywhere(config is not None) and config:
+            agree(run_options(config, workdir))
+        if everywhere(bool(self._data)):
+            agree(self._data)
+        same = "options, software and data are the same"
+        return f"{same}; all processes see {check_same_folder('--workdir', workdir)}" if workdir else same
 
 
-CHECKS = "packages processes devices arithmetic collectives configuration data folder same_folder".split()
+CHECKS = "packages processes devices arithmetic collectives configuration data folder agreement".split()
 
 
 def room_for_checkpoints(free: int, size: int, keep: int, saved: int) -> str:
     """What `keep` checkpoints of `size` bytes, and one being written, take beside the `saved` ones."""
     more = max(keep + 1 - saved, 1)
-    needed = f"{more} checkpoint(s) of {size / 1e9:,.3f} GB"
+    needed = f"{counted(more, 'checkpoint')} of {size / 1e9:,.3f} GB"
     if more * size > free:
         remedy = f"lower checkpoint.keep={keep}, make room, or choose another --workdir"
-        raise UserError(f"{needed} do not fit in the {free / 1e9:,.3f} GB that are free; {remedy}")
+        raise UserError(f"{needed} will not fit in the {free / 1e9:,.3f} GB that are free; {remedy}")
     return f"{needed} will fit"
 
 
@@ -247,8 +258,3 @@ def _memory() -> list[dict[str, int]]:
     """Statistics of the devices of this process that keep any."""
     all_stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return [stats for stats in all_stats if "bytes_limit" in stats]
-
-
-def _nearest(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if os.path.exists(path))

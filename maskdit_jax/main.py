@@ -14,8 +14,9 @@ from maskdit_jax.errors import Parser
 from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
 from maskdit_jax.log import log_to_stdout
+from maskdit_jax.training.agreement import agree, check_same_folder, data_identity, run_options, this_process
 from maskdit_jax.training.hosts import add_flags, joined
-from maskdit_jax.training.loop import train
+from maskdit_jax.training.loop import open_configured_source, train
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,9 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     log_to_stdout()
     with joined(flags) as peers:
         config = resolve(load(flags.config, overrides), device_count=jax.device_count())
+        # Before the folder is touched: a refused run leaves nothing behind.
+        agree({"the command": "train"} | this_process() | run_options(config, flags.workdir))
+        check_same_folder("--workdir", flags.workdir)
+        source = open_configured_source(config)
+        agree(data_identity(config, source))
         first = jax.process_index() == 0
         with locked(flags.workdir) if first else contextlib.nullcontext():
-            train(config, flags.workdir, peers)
+            train(config, flags.workdir, peers, source)
             finish(flags.workdir)
 
 

@@ -18,8 +18,9 @@ from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
 from maskdit_jax.errors import Parser, UserError
 from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.training.agreement import agree, check_same_folder, this_process
 from maskdit_jax.training.checkpoint import WEIGHTS
-from maskdit_jax.training.hosts import add_flags, joined
+from maskdit_jax.training.hosts import add_flags, joined, shared_flags
 
 FORMATS = ("png", "npz", "grid")
 MAX_GRID = 400
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     log_to_stdout()
     with joined(flags):
+        # Paths as they are from here: each process may have been started in another folder.
+        folders = {"--workdir": str(Path(flags.workdir).resolve()), "--out": str(flags.out.resolve())}
+        agree({"the command": "sample"} | this_process() | shared_flags(flags) | folders)
+        check_same_folder("--out", flags.out)
         model = load(flags.workdir, flags.weights, precision=flags.precision, vae=flags.vae)
         write_samples(model, flags)
 

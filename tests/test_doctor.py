@@ -58,13 +58,13 @@ def test_all_checks_of_a_run_pass_and_leave_nothing_behind(tmp_path):
     code, printed, complained = end(start([DIGITS, f"--workdir={tmp_path / 'runs' / 'new'}"]))
     assert code == 0, printed + complained
     found = results(printed)
-    assert list(found) == [name for name in CHECKS if name != "same_folder"]
+    assert list(found) == [name for name in CHECKS if name != "agreement"]
     assert {status for status, _ in found.values()} == {"ok"}
     assert "jaxlib " in found["packages"][1]
     assert "backend cpu" in found["devices"][1]
     assert "1,437 items; latents [128, 8, 8, 1] float32" in found["data"][1]
     assert f"{tmp_path} can be written to" in found["folder"][1]
-    assert "4 checkpoint(s) of 0.014 GB will fit" in found["folder"][1]
+    assert "4 checkpoints of 0.014 GB will fit" in found["folder"][1]
     assert printed.endswith(f"all {len(found)} checks passed\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -116,7 +116,7 @@ def test_two_processes_pass_and_only_the_first_reports(tmp_path):
     found = results(printed)
     assert list(found) == list(CHECKS)
     assert "2, all here" in found["processes"][1]
-    assert "a sum over 2 device(s)" in found["collectives"][1]
+    assert "a sum over 2 devices" in found["collectives"][1]
     assert "[64, 8, 8, 1]" in found["data"][1]
     assert printed.endswith(f"all {len(CHECKS)} checks passed\n")
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +146,7 @@ def test_device_that_does_not_start_is_one_line_with_the_remedy():
     code, _, error = end(start([], platform="abacus"))
     assert code == 2
     assert error.startswith("error: JAX finds no devices with JAX_PLATFORMS=abacus: ")
-    assert "maskdit_jax[cuda12]" in error
+    assert "pip install '.[cuda12]'" in error
     assert len(error.splitlines()) == 1
 
 
@@ -156,13 +156,14 @@ def test_folders_that_are_not_the_same_fail_in_both_processes(tmp_path):
     ended = two_processes([[f"--workdir={tmp_path / name}"] for name in "ab"])
     for code, printed, _ in ended:
         assert code == 1
-        assert "same absolute --workdir" in results(printed)["same_folder"][1]
-    assert "1 of 7 checks failed: same_folder" in ended[0][1]
+        said = results(printed)["agreement"][1]
+        assert f'--workdir is "{tmp_path / "b"}" in process 1, but "{tmp_path / "a"}" in process 0' in said
+    assert "1 of 7 checks failed: agreement" in ended[0][1]
 
 
 def test_checkpoints_that_do_not_fit_are_refused_but_those_on_disk_do_not_count():
     size = 10**9
-    assert "4 checkpoint(s)" in room_for_checkpoints(4 * size, size, keep=3, saved=0)
-    assert "1 checkpoint(s)" in room_for_checkpoints(size, size, keep=3, saved=3)
-    with pytest.raises(UserError, match=r"4 checkpoint\(s\) of 1\.000 GB .* lower checkpoint\.keep=3"):
+    assert "4 checkpoints of" in room_for_checkpoints(4 * size, size, keep=3, saved=0)
+    assert "1 checkpoint of" in room_for_checkpoints(size, size, keep=3, saved=3)
+    with pytest.raises(UserError, match=r"4 checkpoints of 1\.000 GB .* lower checkpoint\.keep=3"):
         room_for_checkpoints(4 * size - 1, size, keep=3, saved=0)

@@ -252,7 +252,7 @@ def test_process_that_hangs_is_named(start, tmp_path, outcome):
         said = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 76, said
     assert f"error: process 1 (pid {processes[1].pid} on" in said
-    assert "hangs: nothing was heard of it for 4 s" in said
+    assert "hangs: no heartbeat for 4 s" in said
     outcome("SIGSTOP of 1 of 2 (--peer_timeout=4)", "exit code 76", "message names the process")
 
 

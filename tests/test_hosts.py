@@ -104,7 +104,7 @@ def test_process_that_stays_behind_is_named():
     )
     assert code == 76
     assert "error: process 1 (pid " in error
-    assert "hangs: it is at step 3 for 3 s, while process 0 waits at step 5" in error
+    assert "hangs: it has been at step 3 for 3 s, while process 0 waits at step 5" in error
 
 
 def test_error_in_one_process_ends_the_others_with_its_words(tmp_path):

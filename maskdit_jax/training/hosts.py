@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -22,10 +23,11 @@ from jax.experimental import multihost_utils
 from maskdit_jax.errors import UserError, first_line, one_line_errors
 from maskdit_jax.log import log
 from maskdit_jax.training import peers
+from maskdit_jax.training.handshake import bind_address, listen
 from maskdit_jax.training.peers import PEER_LOST, Peers
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
-GPU_REMEDY = "pip install 'maskdit_jax[cuda12]', and leave JAX_PLATFORMS unset"
+GPU_REMEDY = "pip install '.[cuda12]' in the repository, and leave JAX_PLATFORMS unset"
 # Variables with which a launcher says how many processes it has started; JAX reads the rest from them.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 
@@ -45,31 +47,42 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def shared_flags(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a command that must be the same in all processes: all but those of `add_flags`."""
+    own = argparse.ArgumentParser()
+    add_flags(own)
+    names = vars(flags).keys() - vars(own.parse_args([])).keys()
+    return {f"--{name}": getattr(flags, name) for name in sorted(names)}
+
+
+class Refused(UserError):
+    """Raised in all processes of a run at the same place: each says so itself, and nobody was lost."""
+
+
 @contextlib.contextmanager
 def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     """Run a command's body as one process of the run that the flags or the launcher's variables describe.
 
-    Errors end it as `one_line_errors` says, and the other processes with it (exit code 76). Only
-    process 0 reports.
+    Errors end it as `one_line_errors` says, and the other processes with it (exit code 76, of `Refused`
+    2). Only process 0 reports.
     """
     with one_line_errors():
-        others = _start(flags)
-        try:
-            jax.devices()
-        except RuntimeError as error:
-            asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            raise UserError(
-                f"JAX finds no devices with {asked}: {first_line(error)}; for NVIDIA GPUs {GPU_REMEDY}"
-            ) from error
-    if jax.process_count() == 1:
-        with one_line_errors():
-            yield others
-        return
-    code = 0
+        several = _initialize(flags)
+        if not several:
+            _check_devices()
+            yield Peers({}, flags.peer_timeout, flags.stall_timeout)
+            return
+    code: str | int | None = 0
+    others = Peers({}, flags.peer_timeout, flags.stall_timeout)
     try:
         with one_line_errors():
+            _check_devices()
+            others = _connect(flags)
             try:
                 yield others
+            except Refused:
+                others.finished()
+                raise
             except (Exception, KeyboardInterrupt) as error:
                 if isinstance(error, jax.errors.JaxRuntimeError):
                     others.wait_for_verdict()
@@ -82,25 +95,36 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
         code = 1
     if code not in (0, PREEMPTED):
         # At once: JAX would wait for the others' goodbye, which they do not say.
-        peers.end_process(code)
+        peers.end_process(code if isinstance(code, int) else 1)
     others.finished()
     jax.distributed.shutdown()
     sys.exit(code)
 
 
-def _start(flags: argparse.Namespace) -> Peers:
+def _check_devices() -> None:
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise UserError(
+            f"JAX finds no devices with {asked}: {first_line(error)}; for NVIDIA GPUs {GPU_REMEDY}"
+        ) from error
+
+
+def _initialize(flags: argparse.Namespace) -> bool:
+    """Bring the processes of the run together in JAX; False when there is one only."""
     launcher = _launcher(flags)
     if launcher is None:
-        return Peers({}, flags.peer_timeout, flags.stall_timeout)
+        return False
     for name in ("connect_timeout", "peer_timeout", "stall_timeout"):
-        if getattr(flags, name) <= 0:
-            raise UserError(f"--{name}={getattr(flags, name)} must be greater than 0 (seconds)")
+        if not 0 < getattr(flags, name) < math.inf:
+            raise UserError(f"--{name}={getattr(flags, name)} must be a number of seconds greater than 0")
     who = f"process {flags.process_id} of {flags.num_processes}" if launcher == "flags" else "this process"
     where = flags.coordinator or f"the address that {launcher} gives"
     _on_abort(
         f"error: not all processes of the run came together at {where} within {flags.connect_timeout} s "
-        f"(this is {who}); see that each was started, with the same coordinator and number of processes, and "
-        "that no firewall lies between them"
+        f"(this is {who}); check that each was started, with the same coordinator and number of processes, "
+        "and that no firewall lies between them"
     )
     jax.distributed.initialize(
         flags.coordinator,
@@ -109,16 +133,29 @@ def _start(flags: argparse.Namespace) -> Peers:
         initialization_timeout=flags.connect_timeout,
         # Ours comes first, and names the process.
         heartbeat_timeout_seconds=int(2 * flags.peer_timeout + flags.stall_timeout),
+        # Left to JAX, the port is open on all addresses, also when all processes are on this host.
+        coordinator_bind_address=flags.coordinator if bind_address(_host(flags)) else None,
     )
     _on_abort("error: JAX's distributed runtime ended this process; another one of the run has probably died")
+    return True
+
+
+def _connect(flags: argparse.Namespace) -> Peers:
     if jax.process_index() > 0:
         log.setLevel(logging.WARNING)
     try:
-        return peers.connect(from_first, flags.peer_timeout, flags.stall_timeout)
+        return peers.connect(from_first, _host(flags), flags.peer_timeout, flags.stall_timeout)
     except OSError as error:
         raise UserError(
             f"the processes do not all reach process 0: {error}; open all ports in the firewall"
         ) from error
+
+
+def _host(flags: argparse.Namespace) -> str | None:
+    """The host of process 0 as all name it; None where only the launcher knows, or JAX's variable rules."""
+    if flags.coordinator is None or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    return flags.coordinator.rpartition(":")[0].strip("[]")
 
 
 def _launcher(flags: argparse.Namespace) -> str | None:
@@ -138,17 +175,17 @@ def _launcher(flags: argparse.Namespace) -> str | None:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={flags.coordinator}: expected HOST:PORT such as node0:12345")
     if flags.process_id == 0:
-        _check_free(int(port))
+        _check_free(bind_address(_host(flags)), int(port))
     else:
-        _wait_for(host, int(port), flags.connect_timeout)
+        _wait_for(host.strip("[]"), int(port), flags.connect_timeout)
     return "flags"
 
 
-def _check_free(port: int) -> None:
+def _check_free(address: str, port: int) -> None:
     try:
-        socket.create_server(("", port)).close()
+        listen(address, port).close()
     except OSError as error:
-        reason = os.strerror(error.errno)
+        reason = os.strerror(error.errno or 0)
         raise UserError(f"--coordinator: port {port} of this host: {reason}; choose another") from error
 
 
@@ -168,6 +205,9 @@ def _wait_for(host: str, port: int, timeout_s: float) -> None:
             time.sleep(0.5)
 
 
+_handlers: list[Any] = []  # ctypes does not keep alive what C still calls
+
+
 def _on_abort(line: str) -> None:
     """Before JAX's runtime aborts this process, let the watch name the lost one, or print `line`.
 
@@ -179,7 +219,7 @@ def _on_abort(line: str) -> None:
         time.sleep(3)
         peers.end_process(PEER_LOST, line)
 
-    _on_abort.keep_alive = handler
+    _handlers.append(handler)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
 
 
@@ -191,6 +231,17 @@ def from_first(value: Any) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = np.resize(data, size)  # of the others any bytes of that length
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process calls this with, in their order, in every process: anything that JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.pad(data, (0, int(max(sizes)) - len(data)))
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def everywhere(holds: bool) -> bool:

@@ -25,8 +25,10 @@ from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
 
 
-def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
+def train(config: ConfigDict, workdir: Path, peers: Peers, source: Source | None = None) -> None:
     """Run `config`, resolved, in the folder `workdir` up to its last step; continue if it has begun.
+
+    `source` is what `open_configured_source` gives, where the caller has opened it already.
 
     Raises:
       UserError: the data, the folder or the run to start from do not fit, too many steps in a row
@@ -34,7 +36,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers) -> None:
       SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
     """
     steps = config.training.num_steps
-    source = open_configured_source(config)
+    source = source or open_configured_source(config)
     training = build(config)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None

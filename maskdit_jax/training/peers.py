@@ -7,26 +7,31 @@ but late or with an abort that names nobody.
 import contextlib
 import json
 import os
-import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 
+from maskdit_jax.errors import first_line, printable
+from maskdit_jax.training.handshake import Connected, meet
+
 PEER_LOST = 76  # exit code of a process that ends because another one did
 _TICK_S = 1.0
-_HELLO_TIMEOUT_S = 30.0
+# Of one message; the longest says why a process ends, in at most 1,000 characters of six bytes each.
+_MESSAGE_BYTES = 2**14
+_REASON_LENGTH = 1000
 
 
 class Peers:
     """The other processes of this run; alone when there are none.
 
     Every second a process tells that it lives, and at which step it is. It is lost when its
-    connection closes unannounced, when nothing was heard of it for `peer_timeout_s`, or when for
+    connection closes unannounced, when it sends no heartbeat for `peer_timeout_s`, or when for
     `stall_timeout_s` it stays behind the others, who wait for it.
     """
 
@@ -47,6 +52,7 @@ class Peers:
 
     def failed(self, message: str) -> None:
         """Tell the others why this process ends; they end too."""
+        message = printable(message)[:_REASON_LENGTH]
         self._leave({"lost": f"process {jax.process_index()} ({_name_of_this_process()}) stopped: {message}"})
 
     def wait_for_verdict(self) -> None:
@@ -68,7 +74,13 @@ class Peers:
         while True:
             for key, _ in selector.select(_TICK_S):
                 connection = self._connections[key.data]
-                open_ = connection.receive()
+                try:
+                    open_ = connection.receive()
+                except ValueError as error:
+                    self._end(
+                        f"process {key.data} ({connection.name}) sent a damaged message: {first_line(error)}"
+                    )
+                    return
                 if connection.lost:
                     self._end(connection.lost)
                 if not open_:
@@ -89,8 +101,7 @@ class Peers:
         for process, connection in self._connections.items():
             if not connection.finished and now - connection.heard > self._timeout_s:
                 self._end(
-                    f"process {process} ({connection.name}) hangs: nothing was heard of it for "
-                    f"{self._timeout_s:g} s"
+                    f"process {process} ({connection.name}) hangs: no heartbeat for {self._timeout_s:g} s"
                 )
 
     def _check_stall(self, now: float) -> None:
@@ -98,8 +109,9 @@ class Peers:
             behind = not connection.finished and connection.step < self._step
             if behind and now - connection.moved > self._stall_s:
                 self._end(
-                    f"process {process} ({connection.name}) hangs: it is at step {connection.step:,} for "
-                    f"{self._stall_s:g} s, while process {jax.process_index()} waits at step {self._step:,}"
+                    f"process {process} ({connection.name}) hangs: it has been at step "
+                    f"{connection.step:,} for {self._stall_s:g} s, while process {jax.process_index()} waits at "
+                    f"step {self._step:,}"
                 )
 
     def _end(self, reason: str) -> None:
@@ -127,51 +139,52 @@ class _Connection:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> bool:
-        """Take in what has come; False when the other side has closed."""
+        """Take in what has come; False when the other side has closed.
+
+        Raises:
+          ValueError: it is not what `send` sends.
+        """
         try:
-            data = self.socket.recv(2**16)
+            data = self.socket.recv(_MESSAGE_BYTES)
         except TimeoutError:
             return True
         except OSError:
             return False
         *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > _MESSAGE_BYTES:
+            raise ValueError("a message does not end")
         self.heard = time.monotonic()
         for line in lines:
-            message = json.loads(line)
-            self.finished |= message.get("finished", False)
-            self.lost = self.lost or message.get("lost", "")
-            if message.get("step", self.step) != self.step:
-                self.step, self.moved = message["step"], self.heard
+            step, finished, lost = _parse(line, self.step)
+            self.finished, self.lost = self.finished or finished, self.lost or lost
+            if step != self.step:
+                self.step, self.moved = step, self.heard
         return bool(data)
 
 
-def connect(from_first: Any, peer_timeout_s: float, stall_timeout_s: float) -> Peers:
-    """Connect process 0 with every other one. from_first(value): what process 0 calls it with, everywhere.
+def _parse(line: bytes, step: int) -> tuple[int, bool, str]:
+    """What a message says of its sender's step (`step` where it says nothing), its end and a lost process."""
+    try:
+        message = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("a message is nested too deeply") from error
+    if not isinstance(message, dict):
+        raise ValueError("a message is no dict")
+    step, finished, lost = message.get("step", step), message.get("finished", False), message.get("lost", "")
+    if not (isinstance(step, int) and isinstance(finished, bool) and isinstance(lost, str)):
+        raise ValueError("a message holds values of the wrong type")
+    return step, finished, printable(lost)
 
-    Raises:
-      OSError: a process does not reach process 0.
-    """
-    index, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return Peers({}, peer_timeout_s, stall_timeout_s)
-    server = socket.create_server(("", 0), backlog=count) if index == 0 else None
-    token = secrets.token_hex(8)
-    port = server.getsockname()[1] if server else 0
-    port, hosts, token, name = from_first([port, _own_addresses(), token, _name_of_this_process()])
-    if server is None:
-        connected = _reach(hosts, port)
-        connected.sendall(f"{token} {index} {_name_of_this_process()}\n".encode())
-        return Peers({0: _Connection(connected, name)}, peer_timeout_s, stall_timeout_s)
 
-    connections: dict[int, _Connection] = {}
-    server.settimeout(_HELLO_TIMEOUT_S)
-    with server:
-        while len(connections) < count - 1:
-            connected, _ = server.accept()
-            connected.settimeout(_HELLO_TIMEOUT_S)
-            hello = connected.makefile().readline().split(maxsplit=2)
-            if len(hello) == 3 and hello[0] == token:  # anything else is a stranger
-                connections[int(hello[1])] = _Connection(connected, hello[2].strip())
+def connect(
+    from_first: Callable[[Any], Any], coordinator: str | None, peer_timeout_s: float, stall_timeout_s: float
+) -> Peers:
+    """Connect process 0 with every other one; arguments and errors are those of `handshake.meet`."""
+    connected: Connected = {}
+    if jax.process_count() > 1:
+        name = _name_of_this_process()
+        connected = meet(from_first, jax.process_index(), jax.process_count(), name, coordinator)
+    connections = {process: _Connection(*socket_and_name) for process, socket_and_name in connected.items()}
     return Peers(connections, peer_timeout_s, stall_timeout_s)
 
 
@@ -186,19 +199,3 @@ def end_process(code: int, line: str = "") -> NoReturn:
 
 def _name_of_this_process() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}"
-
-
-def _own_addresses() -> list[str]:
-    """Names and addresses under which others may reach this host."""
-    addresses = [socket.gethostname()]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: the system only picks the interface
-        addresses.append(probe.getsockname()[0])
-    return [*addresses, "localhost"]
-
-
-def _reach(hosts: list[str], port: int) -> socket.socket:
-    for host in hosts[:-1]:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((host, port), timeout=_HELLO_TIMEOUT_S / len(hosts))
-    return socket.create_connection((hosts[-1], port), timeout=_HELLO_TIMEOUT_S)
