@@ -108,10 +108,10 @@ class Peers:
         for process, connection in self._connections.items():
             behind = not connection.finished and connection.step < self._step
             if behind and now - connection.moved > self._stall_s:
+                here = f"process {jax.process_index()} waits at step {self._step:,}"
                 self._end(
-                    f"process {process} ({connection.name}) hangs: it has been at step "
-                    f"{connection.step:,} for {self._stall_s:g} s, while process {jax.process_index()} waits at "
-                    f"step {self._step:,}"
+                    f"process {process} ({connection.name}) hangs: it has been at step {connection.step:,} "
+                    f"for {self._stall_s:g} s, while {here}"
                 )
 
     def _end(self, reason: str) -> None:
