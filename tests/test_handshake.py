@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import queue
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from processes import two_process_flags
+from test_hosts import run_body
 
 from maskdit_jax.training import handshake, peers
 from maskdit_jax.training.handshake import Connected, Meeting, Reception, bind_address, listen, meet, reach
@@ -273,15 +276,11 @@ TRAIN = {
     "model.decoder_hidden_size": 32,
     "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
-    "training.num_steps": 10,
+    "training.num_steps": 100_000,
     "training.batch_size": 16,
     "report.every_steps": 1,
     "report.tensorboard": "false",
     "report.preview_steps": 0,
-    "report.preview_columns": 1,
-    "sampling.num_steps": 2,
-    "sampling.solver": "euler",
-    "evaluation.num_samples": 0,
 }
 # Process 1 says where the watch port is, and gives strangers some time there before it comes itself.
 LATE = """
@@ -335,12 +334,29 @@ def test_run_of_two_processes_is_not_disturbed_by_strangers(tmp_path):
                     endless.sendall(b"x" * 2**20)
             assert resident_bytes(run[0].pid) - before < 16 * 2**20
             assert all(map(is_dropped, silent))
-        said = next(line for line in run[0].stdout if line.startswith("step "))
+        next(line for line in run[0].stdout if line.startswith("step 5/"))
         with pytest.raises(ConnectionRefusedError):
             stranger(meeting)
+        run[0].send_signal(signal.SIGTERM)
         ended = [process.communicate(timeout=60) for process in run]
     finally:
         for process in run:
             process.kill()
-    assert [process.returncode for process in run] == [0, 0], (said, ended)
-    assert "finished at step 10" in ended[0][0]
+    assert [process.returncode for process in run] == [75, 75], ended
+    assert "is saved; the same command goes on" in ended[0][0]
+
+
+@pytest.mark.processes
+def test_process_that_sends_damaged_messages_counts_as_lost():
+    (code, _, error), _ = run_body(
+        """
+    if index == 1:
+        peers._connections[0].socket.sendall(b"\\xff\\n")
+    time.sleep(20)
+"""
+    )
+    assert code == 76
+    assert re.search(
+        r"^error: process 1 \(pid \d+ on .*\) sent a damaged message: 'utf-8' codec", error, re.M
+    )
+    assert "Traceback" not in error
