@@ -64,6 +64,7 @@ def build(config: ConfigDict) -> Training:
         diffusion.mask_schedule,
         diffusion.mask_ratio,
         diffusion.mask_ratio_min,
+        diffusion.mask_schedule_steps,
     )
 
     graphdef = network_graph(network_options(config))
