@@ -17,7 +17,7 @@ from maskdit_jax.config import ConfigDict, network_options
 from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.guidance import guide
-from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
+from maskdit_jax.diffusion.samplers import SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.log import log
 from maskdit_jax.models.maskdit import PRECISIONS
@@ -26,6 +26,7 @@ from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, r
 from maskdit_jax.training.state import Params, init_params, network_graph
 
 MAX_SEED = 2**32 - 1
+MAX_BATCH_SIZE = 2**16
 
 
 class Origin(NamedTuple):
@@ -136,8 +137,8 @@ class Model:
         seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
         if noise is not None and np.shape(noise) != (len(seeds), *self.image_shape):
             raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be at least 1")
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
         batch_size *= self.mesh.size
         images = []
         for start in range(0, len(seeds), batch_size):
@@ -186,22 +187,7 @@ class Model:
             if name not in names:
                 raise UserError(f"sampling option {name!r} is unknown; known: {known(name, names)}")
         chosen = SamplerOptions(**self.config.sampling.to_dict() | options)
-        if chosen.solver not in SOLVERS:
-            raise UserError(f"solver={chosen.solver!r} is unknown; known: {', '.join(SOLVERS)}")
-        if chosen.num_steps < 1:
-            raise UserError(f"num_steps={chosen.num_steps} must be at least 1")
-        if not 0 < chosen.sigma_min < chosen.sigma_max < math.inf or chosen.rho <= 0:
-            raise UserError(
-                f"sigma_min={chosen.sigma_min}, sigma_max={chosen.sigma_max}, rho={chosen.rho}: expected "
-                "0 < sigma_min < sigma_max and rho > 0"
-            )
-        if not 0 <= chosen.cfg_scale < math.inf or not 0 <= chosen.S_churn < math.inf:
-            raise UserError(
-                f"cfg_scale={chosen.cfg_scale}, S_churn={chosen.S_churn}: neither may be negative or infinite"
-            )
-        interval = chosen.guidance_interval
-        if interval is not None and not interval[0] < interval[1]:
-            raise UserError(f"guidance_interval={interval}: expected (low, high) with low < high")
+        chosen.check()
         if chosen.cfg_scale != 1 and not self.config.model.num_classes:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen
