@@ -37,7 +37,7 @@ setup(
         *TENSORBOARD,
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff==0.17.5", "diffusers>=0.35", *TORCH],
+        "test": ["pytest>=9", "ruff==0.17.5", "mypy==2.4.1", "setuptools>=70.1", "diffusers>=0.35", *TORCH],
         "torch": TORCH,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

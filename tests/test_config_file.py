@@ -205,7 +205,7 @@ def test_wheel_trains_without_the_checkout(tmp_path):
         from configs import digits
         def get_config():
             config = digits.get_config()
-            config.model.depth = 1
+            config.optimizer.learning_rate = 1e-3
             return config
     """)
     )
