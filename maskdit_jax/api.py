@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from maskdit_jax.config import ConfigDict, network_options
 from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
@@ -110,8 +110,8 @@ class Model:
 
     def sample(
         self,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        seeds: ArrayLike,
+        labels: ArrayLike | None = None,
         *,
         noise: np.ndarray | None = None,
         batch_size: int = 16,
@@ -133,28 +133,29 @@ class Model:
         Raises:
           UserError: an option, seed or label that does not exist, or noise of another shape.
         """
-        options = self.sampler_options(**options)
-        seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
-        if noise is not None and np.shape(noise) != (len(seeds), *self.image_shape):
-            raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
+        sampler, seed_array = self.sampler_options(**options), _check_seeds(seeds)
+        label_array, count = self.check_labels(seed_array, labels), len(seed_array)
+        if noise is not None and np.shape(noise) != (count, *self.image_shape):
+            raise UserError(f"noise has shape {np.shape(noise)}, expected {(count, *self.image_shape)}")
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
             raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
         batch_size *= self.mesh.size
         images = []
-        for start in range(0, len(seeds), batch_size):
+        for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            filled = [repeat_to(x[part], batch_size) for x in (seeds, labels, noise) if x is not None]
+            drawn = [x[part] for x in (seed_array, label_array, noise) if x is not None]
+            filled = [np.asarray(repeat_to(x, batch_size)) for x in drawn]
             batch = _sample(
                 self.params,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
                 graphdef=self._graphdef,
                 sigma_data=self.config.diffusion.sigma_data,
                 image_shape=self.image_shape,
-                options=options,
+                options=sampler,
             )
             if self.autoencoder:
                 batch = self.autoencoder.decode(batch / self.config.data.latent_scale)
-            images.append(to_host(batch)[: len(seeds[part])])
+            images.append(to_host(batch)[: len(seed_array[part])])
         return np.concatenate(images)
 
     @property
@@ -192,15 +193,15 @@ class Model:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen
 
-    def check_labels(self, seeds: Sequence[int], labels: Sequence[int] | None) -> np.ndarray:
+    def check_labels(self, seeds: ArrayLike, labels: ArrayLike | None) -> np.ndarray:
         """Labels [n] int32, one for each seed: those given, checked, or the default of `sample`."""
-        num_classes = self.config.model.num_classes
+        num_classes, wide_seeds = self.config.model.num_classes, np.asarray(seeds, np.int64).reshape(-1)
         if labels is None:
-            wide = np.asarray(seeds, np.int64) % num_classes if num_classes else np.full(len(seeds), -1)
+            wide = wide_seeds % num_classes if num_classes else np.full_like(wide_seeds, -1)
         else:
             wide = np.asarray(labels, np.int64).reshape(-1)
-        if len(wide) != len(seeds):
-            raise UserError(f"{len(wide)} labels for {len(seeds)} seeds: give one label for each seed")
+        if len(wide) != len(wide_seeds):
+            raise UserError(f"{len(wide)} labels for {len(wide_seeds)} seeds: give one label for each seed")
         if wide.min() < -1 or wide.max() >= num_classes:
             raise UserError(
                 f"labels {wide.min()} … {wide.max()}: the model knows 0 … {num_classes - 1} and -1, no class"
@@ -223,7 +224,7 @@ def _check_autoencoder(autoencoder: Autoencoder, config: ConfigDict) -> None:
         )
 
 
-def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def _check_seeds(seeds: ArrayLike) -> np.ndarray:
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
         raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")

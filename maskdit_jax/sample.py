@@ -58,11 +58,11 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
     if labels is not None and len(labels) == 1:
         labels = np.repeat(labels, len(seeds))
     labels = model.check_labels(seeds, labels)
-    options = {f.name: getattr(flags, f.name) for f in dataclasses.fields(SamplerOptions)}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(SamplerOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
     if flags.guidance_interval is not None:
-        options["guidance_interval"] = _parse_interval(flags.guidance_interval)
-    options = model.sampler_options(**options)
+        given["guidance_interval"] = _parse_interval(flags.guidance_interval)
+    options = model.sampler_options(**given)
     if not 1 <= flags.batch_size <= MAX_BATCH_SIZE:
         raise UserError(f"--batch_size={flags.batch_size}: expected 1 … {MAX_BATCH_SIZE:,}")
 
