@@ -16,7 +16,9 @@ setup(
     description="Training diffusion transformers on masked tokens, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["maskdit_jax", "maskdit_jax.*"]),
+    # The recipes stand at the top of the repository, and travel inside the package.
+    packages=[*find_packages(include=["maskdit_jax", "maskdit_jax.*"]), "maskdit_jax.configs"],
+    package_dir={"maskdit_jax.configs": "configs"},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -35,7 +37,7 @@ setup(
         *TENSORBOARD,
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff==0.17.5", "diffusers>=0.35", *TORCH],
+        "test": ["pytest>=9", "ruff==0.17.5", "mypy==2.4.1", "setuptools>=70.1", "diffusers>=0.35", *TORCH],
         "torch": TORCH,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

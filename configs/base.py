@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     diffusion.mask_ratio = 0.5  # share of the patches hidden at the start of training
     diffusion.mask_ratio_min = 0.0  # the other end of a schedule that is not constant
     diffusion.mask_schedule = "constant"  # constant, linear, exp or cosine2 … cosine6
+    diffusion.mask_schedule_steps = 0  # updates from one end of the schedule to the other; 0: the run's
 
     config.data = data = ConfigDict()
     data.source = ""  # digits, latents:FOLDER, folder:PATH or tfds:NAME

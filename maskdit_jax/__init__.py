@@ -1,9 +1,35 @@
 """maskdit_jax: training diffusion transformers on masked tokens, in JAX."""
 
-from maskdit_jax.api import Model, load
-from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from maskdit_jax.errors import UserError
-from maskdit_jax.interop.exchange import export_torch, import_torch
+
+if TYPE_CHECKING:
+    from maskdit_jax.api import Model, load
+    from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
+    from maskdit_jax.interop.exchange import export_torch, import_torch
 
 __version__ = "0.1.0"
 __all__ = ["Autoencoder", "Model", "UserError", "export_torch", "import_torch", "load", "load_autoencoder"]
+
+# Where each name lives. It is imported when it is first used: who wants the network alone, or a flag's
+# help, does not wait for Orbax.
+_HOMES = {
+    "Autoencoder": "data.autoencoder",
+    "Model": "api",
+    "export_torch": "interop.exchange",
+    "import_torch": "interop.exchange",
+    "load": "api",
+    "load_autoencoder": "data.autoencoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from maskdit_jax.config import ConfigDict, network_options
 from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.guidance import guide
-from maskdit_jax.diffusion.samplers import SOLVERS, SamplerOptions, generate
+from maskdit_jax.diffusion.samplers import SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.log import log
 from maskdit_jax.models.maskdit import PRECISIONS
@@ -26,6 +26,7 @@ from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, r
 from maskdit_jax.training.state import Params, init_params, network_graph
 
 MAX_SEED = 2**32 - 1
+MAX_BATCH_SIZE = 2**16
 
 
 class Origin(NamedTuple):
@@ -109,8 +110,8 @@ class Model:
 
     def sample(
         self,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        seeds: ArrayLike,
+        labels: ArrayLike | None = None,
         *,
         noise: np.ndarray | None = None,
         batch_size: int = 16,
@@ -132,28 +133,29 @@ class Model:
         Raises:
           UserError: an option, seed or label that does not exist, or noise of another shape.
         """
-        options = self.sampler_options(**options)
-        seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
-        if noise is not None and np.shape(noise) != (len(seeds), *self.image_shape):
-            raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be at least 1")
+        sampler, seed_array = self.sampler_options(**options), _check_seeds(seeds)
+        label_array, count = self.check_labels(seed_array, labels), len(seed_array)
+        if noise is not None and np.shape(noise) != (count, *self.image_shape):
+            raise UserError(f"noise has shape {np.shape(noise)}, expected {(count, *self.image_shape)}")
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
         batch_size *= self.mesh.size
         images = []
-        for start in range(0, len(seeds), batch_size):
+        for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            filled = [repeat_to(x[part], batch_size) for x in (seeds, labels, noise) if x is not None]
+            drawn = [x[part] for x in (seed_array, label_array, noise) if x is not None]
+            filled = [np.asarray(repeat_to(x, batch_size)) for x in drawn]
             batch = _sample(
                 self.params,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
                 graphdef=self._graphdef,
                 sigma_data=self.config.diffusion.sigma_data,
                 image_shape=self.image_shape,
-                options=options,
+                options=sampler,
             )
             if self.autoencoder:
                 batch = self.autoencoder.decode(batch / self.config.data.latent_scale)
-            images.append(to_host(batch)[: len(seeds[part])])
+            images.append(to_host(batch)[: len(seed_array[part])])
         return np.concatenate(images)
 
     @property
@@ -186,35 +188,20 @@ class Model:
             if name not in names:
                 raise UserError(f"sampling option {name!r} is unknown; known: {known(name, names)}")
         chosen = SamplerOptions(**self.config.sampling.to_dict() | options)
-        if chosen.solver not in SOLVERS:
-            raise UserError(f"solver={chosen.solver!r} is unknown; known: {', '.join(SOLVERS)}")
-        if chosen.num_steps < 1:
-            raise UserError(f"num_steps={chosen.num_steps} must be at least 1")
-        if not 0 < chosen.sigma_min < chosen.sigma_max < math.inf or chosen.rho <= 0:
-            raise UserError(
-                f"sigma_min={chosen.sigma_min}, sigma_max={chosen.sigma_max}, rho={chosen.rho}: expected "
-                "0 < sigma_min < sigma_max and rho > 0"
-            )
-        if not 0 <= chosen.cfg_scale < math.inf or not 0 <= chosen.S_churn < math.inf:
-            raise UserError(
-                f"cfg_scale={chosen.cfg_scale}, S_churn={chosen.S_churn}: neither may be negative or infinite"
-            )
-        interval = chosen.guidance_interval
-        if interval is not None and not interval[0] < interval[1]:
-            raise UserError(f"guidance_interval={interval}: expected (low, high) with low < high")
+        chosen.check()
         if chosen.cfg_scale != 1 and not self.config.model.num_classes:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen
 
-    def check_labels(self, seeds: Sequence[int], labels: Sequence[int] | None) -> np.ndarray:
+    def check_labels(self, seeds: ArrayLike, labels: ArrayLike | None) -> np.ndarray:
         """Labels [n] int32, one for each seed: those given, checked, or the default of `sample`."""
-        num_classes = self.config.model.num_classes
+        num_classes, wide_seeds = self.config.model.num_classes, np.asarray(seeds, np.int64).reshape(-1)
         if labels is None:
-            wide = np.asarray(seeds, np.int64) % num_classes if num_classes else np.full(len(seeds), -1)
+            wide = wide_seeds % num_classes if num_classes else np.full_like(wide_seeds, -1)
         else:
             wide = np.asarray(labels, np.int64).reshape(-1)
-        if len(wide) != len(seeds):
-            raise UserError(f"{len(wide)} labels for {len(seeds)} seeds: give one label for each seed")
+        if len(wide) != len(wide_seeds):
+            raise UserError(f"{len(wide)} labels for {len(wide_seeds)} seeds: give one label for each seed")
         if wide.min() < -1 or wide.max() >= num_classes:
             raise UserError(
                 f"labels {wide.min()} … {wide.max()}: the model knows 0 … {num_classes - 1} and -1, no class"
@@ -237,7 +224,7 @@ def _check_autoencoder(autoencoder: Autoencoder, config: ConfigDict) -> None:
         )
 
 
-def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def _check_seeds(seeds: ArrayLike) -> np.ndarray:
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
         raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")

@@ -1,12 +1,9 @@
-"""Configurations: load a file, apply overrides, fill in sizes, check every value before anything is built."""
+"""Configurations: fill in sizes, check every value before anything is built."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
-from maskdit_jax.diffusion.samplers import SOLVERS
+from maskdit_jax.diffusion.samplers import SamplerOptions
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.models.blocks import REMAT_POLICIES, UNROLL_CHOICES
 from maskdit_jax.models.maskdit import PRECISIONS, SIZES
@@ -17,7 +14,7 @@ try:
     from ml_collections import ConfigDict
 except ModuleNotFoundError:
 
-    class ConfigDict(dict):
+    class ConfigDict(dict):  # type: ignore[no-redef]
         """The part of ml_collections' ConfigDict that configs use, so that the benchmark runs without it."""
 
         _locked = False
@@ -58,93 +55,53 @@ CHOICES = {
     "model.unroll": UNROLL_CHOICES,
     "diffusion.mask_schedule": MASK_SCHEDULES,
     "data.space": ("latents", "pixels"),
-    "sampling.solver": SOLVERS,
 }
 AT_LEAST_ONE = """
     model.depth model.hidden_size model.num_heads model.patch_size model.image_size model.channels
     model.decoder_hidden_size model.decoder_depth model.decoder_num_heads data.num_threads
     training.num_steps training.batch_size training.accumulate training.max_nonfinite_steps mesh.fsdp
     checkpoint.every_steps checkpoint.keep report.every_steps report.preview_rows
-    report.preview_columns sampling.num_steps
+    report.preview_columns
 """.split()
 POSITIVE = """
     diffusion.sigma_data diffusion.P_std data.latent_scale optimizer.learning_rate optimizer.eps
-    sampling.sigma_min sampling.sigma_max sampling.rho
 """.split()
 NOT_NEGATIVE = """
-    seed model.num_classes diffusion.mae_coef optimizer.warmup_kimg optimizer.weight_decay
-    optimizer.clip_norm mesh.data checkpoint.keep_every_steps report.preview_steps sampling.S_churn
-    sampling.S_min sampling.S_max sampling.S_noise sampling.cfg_scale evaluation.num_samples
+    seed model.num_classes diffusion.mae_coef diffusion.mask_schedule_steps optimizer.warmup_kimg
+    optimizer.weight_decay optimizer.clip_norm mesh.data checkpoint.keep_every_steps report.preview_steps
+    evaluation.num_samples
 """.split()
 SHARES = """
     diffusion.label_dropout diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay
     optimizer.b1 optimizer.b2
 """.split()
-
-
-def load(path: str, overrides: list[str] = ()) -> ConfigDict:
-    """Configuration of a Python file, with overrides such as `--config.training.num_steps=10`.
-
-    Raises:
-      UserError: no such file, unknown key (the message names the nearest ones) or wrong type.
-    """
-    file = Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        names = sorted(str(p) for p in file.parent.glob("*.py") if p.stem not in ("__init__", "base"))
-        raise UserError(f"--config={path}: no such Python file; found: {known(path, names) or 'none'}")
-    root = str(file.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)  # configs import each other as `configs.NAME`
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        config = module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        reason = error.args[0] if error.args else error
-        while isinstance(reason, Exception):  # ml_collections wraps one error in another
-            reason = reason.args[0]
-        raise UserError(f"--config={path}: {' '.join(str(reason).split())}") from error
-    for override in overrides:
-        _apply(config, override)
-    return config
+# Far beyond what anybody trains. What is larger is a slip, over which XLA would abort the process, or numpy
+# ask for terabytes, before any line of ours could say so.
+AT_MOST = {
+    "seed": 2**32 - 1,  # JAX drops the bits above
+    "model.depth": 1_000,
+    "model.hidden_size": 2**16,
+    "model.decoder_depth": 1_000,
+    "model.decoder_hidden_size": 2**16,
+    "model.image_size": 2**14,
+    "model.channels": 2**12,
+    "model.num_classes": 10**7,
+    "data.num_threads": 1_000,
+    "training.batch_size": 2**20,
+    "evaluation.num_samples": 10**6,
+}
+MAX_INTEGER = 2**31 - 1  # of every other whole number: the counters of the training state are int32
+MAX_TOKENS = 2**16
+MAX_PREVIEWS = 10_000  # images of one grid, sampled at once
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Every option by its full name, such as `training.num_steps`."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in config.items():
         nested = isinstance(value, (ConfigDict, dict))
         found |= leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return found
-
-
-def _apply(config: ConfigDict, override: str) -> None:
-    flag, separator, text = override.partition("=")
-    options = leaves(config)
-    name = flag.removeprefix("--config.")
-    if not flag.startswith("--config.") or name not in options:
-        near = known(name, [f"--config.{n}" for n in options], how_many=3)
-        raise UserError(f"unknown option {flag}; nearest: {near}")
-    if not separator:
-        raise UserError(f"{flag} needs a value: {flag}=VALUE")
-    *sections, leaf = name.split(".")
-    for section in sections:
-        config = config[section]
-    config[leaf] = _parse(flag, text, type(options[name]))
-
-
-def _parse(flag: str, text: str, kind: type) -> bool | int | float | str:
-    if kind is bool:
-        choices = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in choices:
-            raise UserError(f"{flag}={text}: expected true or false")
-        return choices[text.lower()]
-    try:
-        return kind(text)
-    except ValueError:
-        expected = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{flag}={text}: expected {expected}") from None
 
 
 def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
@@ -196,16 +153,23 @@ def _check_values(config: ConfigDict) -> None:
             _require(value in CHOICES[name], f"{name}={value!r} is unknown; known: {known_values}")
         if isinstance(value, str):
             continue
+        if isinstance(value, int):
+            most = AT_MOST.get(name, MAX_INTEGER)
+            shown = value if value.bit_length() < 100 else f"a number of {value.bit_length():,} bits"
+            _require(value <= most, f"{name}={shown} must be at most {most:,}")
         _require(math.isfinite(value), f"{name}={value} must be finite")
         _require(value >= 1 or name not in AT_LEAST_ONE, f"{name}={value} must be at least 1")
         _require(value > 0 or name not in POSITIVE, f"{name}={value} must be greater than 0")
         _require(value >= 0 or name not in NOT_NEGATIVE, f"{name}={value} must not be negative")
         _require(0 <= value <= 1 or name not in SHARES, f"{name}={value} must be between 0 and 1")
     _require(config.data.max_zoom >= 1, f"data.max_zoom={config.data.max_zoom} must be at least 1")
-    s = config.sampling
+    rows, columns = config.report.preview_rows, config.report.preview_columns
     _require(
-        s.sigma_min < s.sigma_max, f"sampling.sigma_min={s.sigma_min} must be below sigma_max={s.sigma_max}"
+        rows * columns <= MAX_PREVIEWS,
+        f"report.preview_rows={rows} × report.preview_columns={columns} are {rows * columns:,} images, more "
+        f"than {MAX_PREVIEWS:,}",
     )
+    SamplerOptions(**config.sampling.to_dict()).check("sampling.")
 
 
 def _check_model(config: ConfigDict) -> None:
@@ -229,6 +193,16 @@ def _check_model(config: ConfigDict) -> None:
         )
         _require(m[width] % 4 == 0, f"model.{width}={m[width]} must be a multiple of 4")
     tokens = (m.image_size // m.patch_size) ** 2
+    _require(
+        tokens <= MAX_TOKENS,
+        f"model.image_size={m.image_size} in patches of {m.patch_size} makes {tokens:,} tokens, at most "
+        f"{MAX_TOKENS:,} are possible; use a larger model.patch_size",
+    )
+    _require(
+        not d.mae_coef or m.patch_size**2 * m.channels > 1,
+        f"diffusion.mae_coef={d.mae_coef}: a patch of one value (model.patch_size=1, model.channels=1) has "
+        "no variance to be reconstructed by; use diffusion.mae_coef=0 or a larger patch",
+    )
     for ratio in ("mask_ratio",) if d.mask_schedule == "constant" else ("mask_ratio", "mask_ratio_min"):
         at_most = math.floor(1000 * (1 - 1 / tokens)) / 1000
         _require(

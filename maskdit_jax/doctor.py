@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdit_jax.config import ConfigDict, load, resolve
+from maskdit_jax.config import ConfigDict, resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.log import counted, log
 from maskdit_jax.training import mesh
@@ -201,7 +202,7 @@ class _Checks:
         if jax.process_count() == 1:
             return ""
         config, workdir = self._config, self._flags.workdir
-        folder = {"--workdir": str(workdir.resolve())} if workdir else {}
+        folder = {"--workdir": os.path.realpath(workdir)} if workdir else {}
         agree({"the command": "doctor"} | this_process() | folder | {"--config": bool(self._flags.config)})
         # What one process has not found, it has reported; the others' cannot be compared with it.
         if everywhere(config is not None) and config:

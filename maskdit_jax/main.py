@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.errors import Parser
 from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked

@@ -6,13 +6,14 @@ All processes of the command sample; each image is written by one of them.
 
 import argparse
 import dataclasses
+import os
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from maskdit_jax.api import MAX_SEED, Model, load
+from maskdit_jax.api import MAX_BATCH_SIZE, MAX_SEED, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
 from maskdit_jax.errors import Parser, UserError
@@ -24,6 +25,7 @@ from maskdit_jax.training.hosts import add_flags, joined, shared_flags
 
 FORMATS = ("png", "npz", "grid")
 MAX_GRID = 400
+MAX_NUMBERS = 10_000_000  # seeds of one command: 80 MB of them
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     log_to_stdout()
     with joined(flags):
         # Paths as they are from here: each process may have been started in another folder.
-        folders = {"--workdir": str(Path(flags.workdir).resolve()), "--out": str(flags.out.resolve())}
+        folders = {"--workdir": os.path.realpath(flags.workdir), "--out": os.path.realpath(flags.out)}
         agree({"the command": "sample"} | this_process() | shared_flags(flags) | folders)
         check_same_folder("--out", flags.out)
         model = load(flags.workdir, flags.weights, precision=flags.precision, vae=flags.vae)
@@ -62,13 +64,13 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
     if labels is not None and len(labels) == 1:
         labels = np.repeat(labels, len(seeds))
     labels = model.check_labels(seeds, labels)
-    options = {f.name: getattr(flags, f.name) for f in dataclasses.fields(SamplerOptions)}
-    options = {name: value for name, value in options.items() if value is not None}
-    if flags.guidance_interval:
-        options["guidance_interval"] = _parse_interval(flags.guidance_interval)
-    options = model.sampler_options(**options)
-    if flags.batch_size < 1:
-        raise UserError(f"--batch_size={flags.batch_size} must be at least 1")
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(SamplerOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if flags.guidance_interval is not None:
+        given["guidance_interval"] = _parse_interval(flags.guidance_interval)
+    options = model.sampler_options(**given)
+    if not 1 <= flags.batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"--batch_size={flags.batch_size}: expected 1 … {MAX_BATCH_SIZE:,}")
 
     flags.out.mkdir(parents=True, exist_ok=True)
     kept, started = [], time.monotonic()
@@ -108,19 +110,23 @@ def parse_integers(flag: str, text: str) -> np.ndarray:
     Raises:
       UserError: the text is something else.
     """
-    numbers = []
+    ranges = []
     try:
         for part in text.split(","):
             first, separator, last = part.strip().rpartition("-")
-            if separator and first:
-                if int(last) < int(first) or int(last) > MAX_SEED:
-                    raise ValueError
-                numbers.append(np.arange(int(first), int(last) + 1))
-            else:
-                numbers.append(np.array([int(part)], np.int64))
-    except (ValueError, OverflowError):
-        raise UserError(f"{flag}={text}: expected integers such as 0-49999 or 3,5,7-9") from None
-    return np.concatenate(numbers)
+            start, end = (int(first), int(last)) if separator and first else (int(part), int(part))
+            if end < start or abs(start) > MAX_SEED or end > MAX_SEED:
+                raise ValueError
+            ranges.append((start, end + 1))
+    except ValueError:
+        shown = text if len(text) < 60 else f"{text[:59]}…"
+        raise UserError(
+            f"{flag}={shown}: expected integers up to {MAX_SEED}, such as 0-49999 or 3,5,7-9"
+        ) from None
+    count = sum(end - start for start, end in ranges)
+    if count > MAX_NUMBERS:
+        raise UserError(f"{flag}={text[:60]}: {count:,} numbers; at most {MAX_NUMBERS:,} in one command")
+    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in ranges])
 
 
 def _parse_formats(text: str | None, makes_pixels: bool) -> list[str]:

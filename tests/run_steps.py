@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.data.pipeline import to_devices
 from maskdit_jax.training.build import build
 from maskdit_jax.training.hosts import add_flags, joined

@@ -7,7 +7,8 @@ from processes import two_process_flags
 from test_failures import needs_mount
 from test_hosts import BODY, ROOT, in_two_processes, run_all, run_body
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.data.sources import Digits
 from maskdit_jax.training.agreement import data_identity, difference, nearest, run_options, this_process
 

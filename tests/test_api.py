@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from maskdit_jax import Model, UserError
-from maskdit_jax.config import load, network_options, resolve
+from maskdit_jax.config import network_options, resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.diffusion.samplers import integrate, sigma_grid
 from maskdit_jax.training.state import init_params, network_graph
 
@@ -174,7 +175,12 @@ def test_unconditional_model_knows_no_class_only(unconditional):
     [
         ({"cfg": 2.0}, ["'cfg' is unknown", "cfg_scale"]),
         ({"solver": "dpm"}, ["solver='dpm'", "heun", "euler"]),
-        ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        ({"num_steps": 0}, ["num_steps=0", "from 1 to 10,000"]),
+        ({"num_steps": 2.5}, ["num_steps=2.5", "a whole number"]),
+        ({"rho": 1e-30}, ["rho=1e-30", "do not fall"]),
+        ({"guidance_interval": (3, 3)}, ["guidance_interval=(3, 3)", "low < high"]),
+        ({"guidance_interval": "all"}, ["guidance_interval='all'", "low < high"]),
+        ({"batch_size": 10**12}, ["batch_size=1000000000000", "65,536"]),
         ({"labels": [10, 0]}, ["labels 0 … 10", "0 … 9", "-1"]),
         ({"labels": [-2, 0]}, ["labels -2 … 0", "0 … 9"]),
         ({"labels": [1, 2, 3]}, ["3 labels for 2 seeds"]),

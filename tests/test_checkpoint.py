@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from maskdit_jax import load as load_model
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError
 from maskdit_jax.files import locked
 from maskdit_jax.training.build import build

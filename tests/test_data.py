@@ -17,7 +17,7 @@ import pytest
 from golden_case import GOLDEN, channels_last
 from PIL import Image
 
-from maskdit_jax.config import load
+from maskdit_jax.config_file import load
 from maskdit_jax.data import shards as shards_module
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.data.latents import draw_latents

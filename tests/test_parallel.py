@@ -14,7 +14,8 @@ import pytest
 from processes import two_process_flags
 from run_steps import BAD_STEP, BATCH_SIZE, run_steps
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.training.build import batch_shapes, build
 from maskdit_jax.training.digest import digest
 from maskdit_jax.training.mesh import bytes_of, describe_placement, make_mesh, state_shardings

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 
-from maskdit_jax.config import load, resolve
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.training.benchmark import benchmark, compile_step
 from maskdit_jax.training.build import build

@@ -64,7 +64,8 @@ def maskdit_loss(
     """Loss per sample [B], and its two terms: denoising of visible patches, reconstruction of hidden ones.
 
     The reconstruction target is the noisy patch, standardised by its own mean and variance. With
-    nothing hidden the loss is the plain weighted error, and there is no reconstruction term.
+    nothing hidden the loss is the plain weighted error; there, and with patches of one value, is no
+    reconstruction term.
     """
     denoised = denoise(batch.noisy, batch.sigma, batch.labels, batch.mask)
     error = jnp.square(denoised - batch.latents)
@@ -77,6 +78,8 @@ def maskdit_loss(
     hidden = batch.mask.hidden
     denoise_loss = masked_mean(per_patch, 1 - hidden)
     noisy = patchify(batch.noisy, patch_size)
+    if noisy.shape[-1] == 1:  # one value has no variance to be standardised by
+        return denoise_loss, {"denoise_loss": denoise_loss}
     variance = noisy.var(axis=-1, ddof=1, keepdims=True)
     target = (noisy - noisy.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
     reconstruction = jnp.square(patchify(denoised, patch_size) - target).mean(axis=-1)

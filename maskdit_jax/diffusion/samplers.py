@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ import numpy as np
 
 from maskdit_jax.diffusion.edm import Denoiser
 from maskdit_jax.diffusion.guidance import guide
+from maskdit_jax.errors import UserError
 
 SOLVERS = ("heun", "euler")
+MAX_STEPS = 10_000
 
 
 def sigma_grid(
@@ -94,6 +98,55 @@ class SamplerOptions:
     S_min: float = 0.0
     S_max: float = 1e9
     S_noise: float = 1.0
+
+    def check(self, prefix: str = "") -> None:
+        """Refuse what no sampler can work with; `prefix` goes before the names in messages.
+
+        Raises:
+          UserError: a value that is not known, out of range or not finite, or noise levels that are so.
+        """
+
+        def refuse(name: str, expected: str) -> NoReturn:
+            raise UserError(f"{prefix}{name}={getattr(self, name)!r}: expected {expected}")
+
+        if self.solver not in SOLVERS:
+            refuse("solver", f"one of {', '.join(SOLVERS)}")
+        if not (_is_number(self.num_steps, Integral) and 1 <= self.num_steps <= MAX_STEPS):
+            refuse("num_steps", f"a whole number from 1 to {MAX_STEPS:,}")
+        for name in ("sigma_min", "sigma_max", "rho"):
+            if not (_is_number(value := getattr(self, name)) and 0 < value < math.inf):
+                refuse(name, "a number greater than 0")
+        for name in ("cfg_scale", "S_churn", "S_min", "S_max", "S_noise"):
+            finite = name == "S_max" or getattr(self, name) != math.inf
+            if not (_is_number(value := getattr(self, name)) and value >= 0 and finite):
+                refuse(name, "a number of at least 0")
+        match self.guidance_interval:
+            case None:
+                pass
+            case (low, high) if _is_number(low) and _is_number(high) and low < high:
+                pass
+            case _:
+                refuse("guidance_interval", "(low, high) with low < high")
+        self._check_levels(prefix)
+
+    def _check_levels(self, prefix: str) -> None:
+        """In float32, in which samples are computed, each noise level must be below the one before."""
+        try:
+            with np.errstate(all="ignore"):
+                grid = sigma_grid(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
+                falling = bool((np.diff(grid.astype(np.float32)) < 0).all())
+        except ArithmeticError:
+            falling = False
+        if not falling:
+            raise UserError(
+                f"{prefix}sigma_min={self.sigma_min}, {prefix}sigma_max={self.sigma_max}, "
+                f"{prefix}rho={self.rho}: the {self.num_steps} noise levels that they make do not fall from "
+                "each to the next; EDM's are 0.002, 80 and 7"
+            )
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def generate(

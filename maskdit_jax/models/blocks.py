@@ -27,7 +27,14 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), lambda x, g: jax.vjp(jax.nn.gelu, x)[1](g))
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # In float32: in the type of x, XLA would find the forward pass's products here again and keep them,
+    # 41 MB for an image of XL/2, instead of folding bias and GELU into the matrix product before them.
+    derivative = jax.vjp(jax.nn.gelu, x.astype(jnp.float32))[1](gradient.astype(jnp.float32))[0]
+    return (derivative.astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def _digest_of_code() -> str:
 
 def run_options(config: ConfigDict, workdir: Path | None) -> dict[str, Any]:
     """Facts of a training run's command, for `agree`: the folder and every option of the configuration."""
-    folder = {"--workdir": str(workdir.resolve())} if workdir else {}
+    folder = {"--workdir": os.path.realpath(workdir)} if workdir else {}
     return folder | {f"--config.{name}": value for name, value in leaves(config).items()}
 
 
@@ -146,5 +146,5 @@ def _appears(file: str) -> bool:
 
 def nearest(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     return next(path for path in (folder, *folder.parents) if os.path.exists(path))

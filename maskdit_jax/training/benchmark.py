@@ -8,6 +8,7 @@ import jax
 
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.training.build import Training, batch_shapes, build
+from maskdit_jax.training.mesh import check_fits
 
 WARM_UP_STEPS = 3
 
@@ -28,6 +29,7 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     """
     batch_size = config.training.batch_size
     training = build(config)
+    check_fits(training.state_shapes)
     compiled, compile_s = compile_step(config, training)
     state = training.start(None)
     shapes = batch_shapes(config, training.mesh, batch_size)

@@ -16,7 +16,7 @@ from maskdit_jax.training.state import (
     init_state,
     network_graph,
 )
-from maskdit_jax.training.step import Metrics, StepOptions, make_train_step
+from maskdit_jax.training.step import StepOptions, make_train_step
 
 
 class Training(NamedTuple):
@@ -24,14 +24,14 @@ class Training(NamedTuple):
 
     state_shapes: the state as ShapeDtypeStructs with their shardings. start(params): the sharded
     state before the first update; without parameters they are freshly initialised. step(state,
-    batch, num_keep): one jitted update, which consumes the state. num_keep(step): visible tokens,
-    one of keep_levels.
+    batch, num_keep) → state, metrics: one jitted update, which consumes the state. num_keep(step):
+    visible tokens, one of keep_levels.
     """
 
     mesh: Mesh
     state_shapes: TrainState
     start: Callable[[dict[str, Any] | None], TrainState]
-    step: Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, Metrics]]
+    step: jax.stages.Wrapped
     num_keep: Callable[[int], int]
     keep_levels: list[int]
 
@@ -64,6 +64,7 @@ def build(config: ConfigDict) -> Training:
         diffusion.mask_schedule,
         diffusion.mask_ratio,
         diffusion.mask_ratio_min,
+        diffusion.mask_schedule_steps,
     )
 
     graphdef = network_graph(network_options(config))

@@ -16,12 +16,12 @@ def digest(tree: Any) -> str:
     its place in it: whatever order the devices add in, the sum is the same, and no change of a
     single value leaves it as it was. It finds accidents, not forgeries.
     """
-    sums = []
+    sums: list[tuple[int, Any]] = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         salt = zlib.crc32(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
         sums += [(salt, _sum(x, np.uint32(salt))), (salt, _sum(x, np.uint32(salt ^ 0x9E3779B9)))]
-    sums = [salt + int(x) for salt, x in jax.device_get(sums)]
-    return "".join(f"{sum(half) % 2**32:08x}" for half in (sums[::2], sums[1::2]))
+    salted = [salt + int(x) for salt, x in jax.device_get(sums)]
+    return "".join(f"{sum(half) % 2**32:08x}" for half in (salted[::2], salted[1::2]))
 
 
 @jax.jit

@@ -19,7 +19,7 @@ from maskdit_jax.log import log
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
 from maskdit_jax.training.hosts import PREEMPTED, Preemption
-from maskdit_jax.training.mesh import batch_sharding, describe_placement, whole_sharding
+from maskdit_jax.training.mesh import batch_sharding, check_fits, describe_placement, whole_sharding
 from maskdit_jax.training.peers import Peers
 from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
@@ -38,6 +38,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers, source: Source | None
     steps = config.training.num_steps
     source = source or open_configured_source(config)
     training = build(config)
+    check_fits(training.state_shapes)
     # Opened now, so that a wrong folder stops the run before it begins.
     autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every_steps)

@@ -1,6 +1,7 @@
 """The device mesh, and where each array lies on it."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maskdit_jax.errors import UserError
 
 # Arrays smaller than this are kept whole on every device: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 2**14
@@ -73,6 +76,29 @@ def bytes_of(state: Any) -> tuple[int, int]:
         whole += x.size * x.dtype.itemsize
         each += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return whole, each
+
+
+def memory_of_device() -> int:
+    """Bytes that one device of this process can hold; CPU devices share the machine's memory evenly."""
+    device = jax.local_devices()[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def check_fits(state: Any) -> None:
+    """Compare a state's ShapeDtypeStructs with the memory of a device, before anything is allocated.
+
+    Raises:
+      UserError: one device's part of the state alone is larger.
+    """
+    (whole, each), limit = bytes_of(state), memory_of_device()
+    if each > limit:
+        raise UserError(
+            f"parameters, EMA and optimizer take {whole / 1e9:,.1f} GB, {each / 1e9:,.1f} GB of them on each "
+            f"device, which has {limit / 1e9:,.1f} GB: choose a smaller model.size, or share them between "
+            "more devices with mesh.fsdp"
+        )
 
 
 def describe_placement(state: Any, mesh: Mesh) -> str:

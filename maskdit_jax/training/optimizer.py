@@ -50,16 +50,17 @@ def mask_ratio_at(progress: float, schedule: str, ratio: float, ratio_min: float
 
 
 def keep_schedule(
-    num_tokens: int, num_steps: int, schedule: str, ratio: float, ratio_min: float
+    num_tokens: int, num_steps: int, schedule: str, ratio: float, ratio_min: float, horizon: int = 0
 ) -> tuple[Callable[[int], int], list[int]]:
-    """Number of visible tokens at a step, and the values it can take.
+    """Number of visible tokens at a step of `num_steps`, and the values it can take.
 
-    Each value is a compiled program, so a schedule with more than 16 of them is rounded to 16 that
-    are evenly spread between its ends.
+    The schedule runs its course over `horizon` steps, 0: over the run; a shorter run ends within it. Each
+    value is a compiled program, so of a schedule with more than 16 of them 16 are used, evenly spread
+    between those of the run's first and last step.
     """
 
     def exact(step: int) -> int:
-        progress = min(step / max(num_steps - 1, 1), 1.0)
+        progress = min(step / max((horizon or num_steps) - 1, 1), 1.0)
         return count_kept(num_tokens, mask_ratio_at(progress, schedule, ratio, ratio_min))
 
     low, high = sorted((exact(0), exact(num_steps - 1)))

@@ -38,11 +38,12 @@ class Reporter:
         self._workdir = workdir
         self._num_steps, self._batch_size, self._every = num_steps, batch_size, every_steps
         self._writer = _tensorboard_writer(workdir / "tensorboard") if tensorboard else None
-        self._waiting = collections.deque()
+        self._waiting: collections.deque[Metrics] = collections.deque()
         self._interval: list[dict[str, float]] = []
         self._step = first_step
         # The first step includes compilation: both clocks start when it is done.
-        self._started = self._interval_started = self._first_timed_step = None
+        self._first_timed_step: int | None = None
+        self._started = self._interval_started = 0.0
 
     def add(self, metrics: Metrics) -> dict[str, float] | None:
         """Take the metrics of the step just dispatched; return those of an earlier step, now arrived."""
@@ -59,7 +60,7 @@ class Reporter:
         metrics = {k: float(v) for k, v in jax.device_get(self._waiting.popleft()).items()}
         now = time.monotonic()
         self._step += 1
-        if self._started is None:
+        if self._first_timed_step is None:
             self._started = self._interval_started = now
             self._first_timed_step = self._step
         self._interval.append(metrics)
@@ -76,7 +77,7 @@ class Reporter:
             values = [m[name] for m in interval if name in m and np.isfinite(m[name])]
             if values:
                 means[name] = float(np.mean(values))
-        timed_steps = self._step - max(self._step - len(interval), self._first_timed_step)
+        timed_steps = self._step - max(self._step - len(interval), self._first_timed_step or 0)
         seconds = now - self._interval_started
         speed = timed_steps * self._batch_size / seconds if timed_steps and seconds else 0.0
         self._interval_started = now
@@ -95,7 +96,7 @@ class Reporter:
                 self._writer.write_scalars(self._step, scalars)
 
     def _time_left(self, now: float) -> float:
-        done = self._step - self._first_timed_step
+        done = self._step - (self._first_timed_step or 0)
         return (self._num_steps - self._step) * (now - self._started) / max(done, 1)
 
     def grid(self, step: int, grid: np.ndarray) -> None:
@@ -122,7 +123,7 @@ class Reporter:
         """Leave what runs inside, with no step in flight, out of the speed."""
         entered = time.monotonic()
         yield
-        if self._started is not None:
+        if self._first_timed_step is not None:
             spent = time.monotonic() - entered
             self._started += spent
             self._interval_started += spent
