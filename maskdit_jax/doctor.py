@@ -204,13 +204,16 @@ class _Checks:
         config, workdir = self._config, self._flags.workdir
         folder = {"--workdir": os.path.realpath(workdir)} if workdir else {}
         agree({"the command": "doctor"} | this_process() | folder | {"--config": bool(self._flags.config)})
+        same = ["software"]
         # What one process has not found, it has reported; the others' cannot be compared with it.
         if everywhere(config is not None) and config:
             agree(run_options(config, workdir))
+            same.append("options")
         if everywhere(bool(self._data)):
             agree(self._data)
-        same = "options, software and data are the same"
-        return f"{same}; all processes see {check_same_folder('--workdir', workdir)}" if workdir else same
+            same.append("data")
+        found = f"the same {' and '.join(same)} in all processes"
+        return f"{found}, which see {check_same_folder('--workdir', workdir)}" if workdir else found
 
 
 CHECKS = "packages processes devices arithmetic collectives configuration data folder agreement".split()

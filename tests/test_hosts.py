@@ -53,6 +53,7 @@ def run_body(body: str, *flags: str) -> list[tuple[int, str, str]]:
     return in_two_processes([["-c", BODY + body]] * 2, *flags)
 
 
+@pytest.mark.processes
 def test_processes_agree():
     """What process 0 says, everywhere; and whether something holds in all of them."""
     ended = run_body(
@@ -65,6 +66,7 @@ def test_processes_agree():
         assert "{'text': 'größer', 'of': 0} True False" in said
 
 
+@pytest.mark.processes
 def test_slurm_needs_no_flags():
     """Its variables, as srun sets them for two tasks on one node, are all that two processes need."""
     for port in range(61440, 65536):  # JAX derives the port from the number of the job
@@ -90,6 +92,7 @@ def test_slurm_needs_no_flags():
         assert f"process {i} of 2" in said
 
 
+@pytest.mark.processes
 def test_process_that_stays_behind_is_named():
     """Its main thread hangs, while the thread that says it lives goes on."""
     (code, _, error), _ = run_body(
@@ -107,6 +110,7 @@ def test_process_that_stays_behind_is_named():
     assert "hangs: it has been at step 3 for 3 s, while process 0 waits at step 5" in error
 
 
+@pytest.mark.processes
 def test_error_in_one_process_ends_the_others_with_its_words(tmp_path):
     """Process 1 of a training command does not find the autoencoder: the other says so, and both end."""
     train = ["-m", "maskdit_jax.main", f"--config={ROOT / 'configs/digits.py'}"]
