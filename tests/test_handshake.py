@@ -223,7 +223,7 @@ def test_secrets_of_a_run_have_256_bits_and_are_new_each_time():
     [
         ("localhost", "127.0.0.1"),
         ("127.0.0.1", "127.0.0.1"),
-        ("192.0.2.1", ""),  # an address that no host has
+        ("198.51.100.1", ""),  # an address that no host has
         ("no.such.host.invalid", ""),
         (None, ""),
     ],
