@@ -152,10 +152,8 @@ def _explain(error: BaseException) -> str:
             return f"{wrong[1]} is a section of options: set those in it, or call its update(…)"
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
-    near = _nearest(error)
-    line = first_line(error)
-    kind = type(error).__name__
-    return f"{kind}: {line}" * (line != kind) + kind * (line == kind) + near
+    kind, line = type(error).__name__, first_line(error)
+    return (kind if line == kind else f"{kind}: {line}") + _nearest(error)
 
 
 def _nearest(error: BaseException) -> str:

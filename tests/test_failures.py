@@ -411,7 +411,7 @@ def test_another_mesh_goes_on(start, finish, reference, tmp_path, outcome):
     options = {"mesh.data": 2, "mesh.fsdp": 4, "training.num_steps": SHORT}
     said = finish(command(tmp_path, options), devices=8)
     assert "data 2 × fsdp 4" in said
-    assert re.search(r"on each device: [1-9]\d* arrays are cut over fsdp=4", said)
+    assert re.search(r"on each device: [1-9]\d* arrays cut over fsdp=4", said)
     assert difference(tmp_path, reference, SHORT) <= 1e-5
     outcome("8×1 devices, then 2×4", f"resumed at {resumed_at(said)}", "≤ 1e-5")
 

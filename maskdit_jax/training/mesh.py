@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskdit_jax.errors import UserError
+from maskdit_jax.log import counted
 
 # Arrays smaller than this are kept whole on every device: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 2**14
@@ -108,8 +109,8 @@ def describe_placement(state: Any, mesh: Mesh) -> str:
     whole, each = bytes_of(arrays)
     text = (
         f"parameters, EMA and optimizer: {whole / 1e6:,.1f} MB, {each / 1e6:,.1f} MB ({each / whole:.1%}) on "
-        f"each device: {len(arrays) - len(kept)} arrays are cut over fsdp={mesh.shape['fsdp']}, {len(kept)} "
-        f"are whole ({bytes_of(kept)[0] / 1e6:,.1f} MB)"
+        f"each device: {counted(len(arrays) - len(kept), 'array')} cut over fsdp={mesh.shape['fsdp']}, "
+        f"{len(kept)} whole ({bytes_of(kept)[0] / 1e6:,.1f} MB)"
     )
     spans = len({device.process_index for device in mesh.devices[0]})
     across = f"; fsdp spans {spans} processes: keep these on one host, or parameters cross the network"
