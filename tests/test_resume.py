@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import NUM_STEPS, SAVE_EVERY, arrays_of, difference, refusal, steps_of, tiny_flags
+from tiny import (
+    NUM_STEPS,
+    SAVE_EVERY,
+    arrays_of,
+    difference,
+    flip_one_byte,
+    largest_file,
+    refusal,
+    steps_of,
+    tiny_flags,
+)
 
 from maskdit_jax import main
 from maskdit_jax.training.checkpoint import DamagedError
@@ -72,21 +82,9 @@ def test_run_goes_on_on_another_mesh(stopped, run, capsys):
     assert 0 <= difference(arrays_of(workdir), arrays_of(run)) <= 1e-5
 
 
-def largest_file(item: Path) -> Path:
-    return max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
 def truncate(item: Path) -> None:
     file = largest_file(item)
     os.truncate(file, file.stat().st_size // 2)
-
-
-def flip_one_byte(item: Path) -> None:
-    """In the middle of the file that holds the values."""
-    file = largest_file(item / "d")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def delete_a_file(item: Path) -> None:

@@ -126,4 +126,17 @@ def difference(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> 
     if all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True)):
         return 0.0
     distances = [np.linalg.norm(np.float64(a) - b) for a, b in zip(actual, expected, strict=True)]
-    return max(float(np.linalg.norm(distances) / np.linalg.norm([np.linalg.norm(b) for b in expected])), 1e-300)
+    norm = np.linalg.norm([np.linalg.norm(b) for b in expected])
+    return max(float(np.linalg.norm(distances) / norm), 1e-300)
+
+
+def largest_file(item: Path) -> Path:
+    return max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_one_byte(item: Path) -> None:
+    """In the middle of the file that holds the values."""
+    file = largest_file(item / "d")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
