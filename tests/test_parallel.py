@@ -25,12 +25,13 @@ def on_one_device():
 
 
 def assert_same_run(metrics, arrays) -> None:
-    """Losses to 1e-5 in every step, parameters and EMA to 1e-5 after all of them."""
+    """Losses and gradient in every step, parameters and EMA to 1e-5 after all of them."""
     expected_metrics, expected_arrays = on_one_device()
     for step, (actual, expected) in enumerate(zip(metrics, expected_metrics, strict=True)):
         assert np.isnan(expected["loss"]) == (step == BAD_STEP)
         for name in ("loss", "denoise_loss", "mae_loss", "nonfinite_total"):
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=f"{name} of {step}")
+        np.testing.assert_allclose(actual["grad_norm"], expected["grad_norm"], rtol=1e-4)
     differences = [np.linalg.norm(a - e) for a, e in zip(arrays, expected_arrays, strict=True)]
     assert np.linalg.norm(differences) <= 1e-5 * np.linalg.norm([np.linalg.norm(e) for e in expected_arrays])
 
