@@ -49,6 +49,14 @@ def _console_as_it_was():
 
 
 @pytest.fixture
+def compiled_as_users_do():
+    """Without this file's haste."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def messages(caplog):
     """What the package logs reaches `caplog`, even where a command has taken its messages to the console."""
     log = logging.getLogger("maskdit_jax")

@@ -195,7 +195,7 @@ def test_what_is_in_the_way_stays(run, tensors, tmp_path):
 def test_config_of_another_file_is_not_used(run, tmp_path):
     export_torch(load(run), tmp_path / "out/model.safetensors")
     (tmp_path / "out/model.safetensors").rename(tmp_path / "out/other.safetensors")
-    with pytest.raises(UserError, match=r"1 blocks of width 32.*tensors do not tell num_heads"):
+    with pytest.raises(UserError, match=r"2 blocks of width 64.*tensors do not tell num_heads"):
         import_torch(tmp_path / "out/other.safetensors", tmp_path / "imported")
 
 
