@@ -362,6 +362,7 @@ def test_misspelt_option_in_a_file_is_one_line(line, misspelt, meant, tmp_path):
 # Without ml_collections
 
 
+@pytest.mark.processes
 def test_without_ml_collections_every_file_resolves_to_the_same_values():
     script = f"""
 import json, sys

@@ -109,9 +109,9 @@ def restored(workdir: Path, step: int | None = None, devices: int = 1) -> tuple[
 
 @functools.cache
 def _state_shapes(config: str, devices: int) -> TrainState:
-    config = ConfigDict(json.loads(config))
-    config.mesh.data, config.mesh.fsdp = devices, 1
-    return build(config).state_shapes
+    resolved = ConfigDict(json.loads(config))
+    resolved.mesh.data, resolved.mesh.fsdp = devices, 1
+    return build(resolved).state_shapes
 
 
 def arrays_of(workdir: Path, step: int | None = None) -> list[np.ndarray]:
