@@ -11,33 +11,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tiny import BATCH_SIZE, tiny_config
 
-from maskdit_jax.config import resolve
-from maskdit_jax.config_file import load
 from maskdit_jax.data.pipeline import to_devices
 from maskdit_jax.training.build import build
 from maskdit_jax.training.hosts import add_flags, joined
 from maskdit_jax.training.mesh import batch_sharding, to_host
 from maskdit_jax.training.peers import Peers
 
-NUM_STEPS, BATCH_SIZE, BAD_STEP = 20, 16, 3
-OPTIONS = {
-    "model.hidden_size": 64,
-    "model.depth": 2,
-    "model.num_heads": 2,
-    "model.decoder_hidden_size": 32,
-    "model.decoder_depth": 1,
-    "model.decoder_num_heads": 2,
-    "optimizer.warmup_kimg": 0,
-}
+NUM_STEPS, BAD_STEP = 20, 3
 
 
 def run_steps(data: int, fsdp: int) -> tuple[list[dict[str, float]], list[np.ndarray]]:
     """Metrics of each step, and the parameters and EMA after them."""
-    overrides = [f"--config.{name}={value}" for name, value in OPTIONS.items()]
-    overrides += [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
-    root = Path(__file__).parent.parent
-    config = resolve(load(str(root / "configs/digits.py"), overrides), device_count=data * fsdp)
+    config = tiny_config({"mesh.data": data, "mesh.fsdp": fsdp}, devices=data * fsdp)
     training = build(config)
     state = training.start(None)
     random = np.random.default_rng(0)

@@ -36,6 +36,8 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "vae.npz"))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_as_users_do")
 @pytest.mark.parametrize("weights", ["rule", "unitnorm"])
 def test_published_autoencoder_against_goldens(weights, golden, tmp_path):
     """autoencoder_kl.pth layout, full size: moments, decoded image, uint8; and the latents' scale."""
@@ -139,6 +141,8 @@ def test_any_number_of_images_in_any_portions(autoencoder, images):
         np.testing.assert_allclose(moments, np.resize(whole, moments.shape), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_as_users_do")
 def test_decoding_a_large_batch_needs_the_memory_of_a_portion():
     """512 px with the published sizes, compiled from shapes: 64 images take no more than 8 do."""
     network = nnx.eval_shape(lambda: AutoencoderKL(rngs=nnx.Rngs(0)))

@@ -5,26 +5,17 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import NETWORK, ROOT, call_tool, command_environment
 
 from maskdit_jax.data.benchmark import write_synthetic_shards
 
-ROOT = Path(__file__).parents[1]
 ABSENT = """
     tensorflow tensorflow_datasets clu ml_collections grain sklearn PIL torch safetensors lmdb diffusers
 """.split()
-TINY = [
-    "--config=configs/digits.py",
-    "--config.model.depth=1",
-    "--config.model.hidden_size=16",
-    "--config.model.num_heads=2",
-    "--config.model.decoder_depth=1",
-    "--config.model.decoder_hidden_size=16",
-    "--config.model.decoder_num_heads=2",
-    "--batch=8",
-]
+OPTIONS = [f"--config.model.{name}={value}" for name, value in NETWORK.items()]
+TINY = ["--config=configs/digits.py", *OPTIONS, "--batch=8"]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +23,7 @@ def python(tmp_path_factory):
     """Run Python from the root of the repository, without the packages of ABSENT."""
     bare = tmp_path_factory.mktemp("bare")
     (bare / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
-    environment = os.environ | {
-        "PYTHONPATH": f"{bare}{os.pathsep}{ROOT}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = command_environment() | {"PYTHONPATH": f"{bare}{os.pathsep}{ROOT}"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -58,12 +45,20 @@ def benchmark(python, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ABSENT)
-def test_packages_are_absent(python, name):
+@pytest.mark.processes
+def test_packages_are_absent(python):
     """Otherwise the other tests of this file would say nothing."""
-    assert "ModuleNotFoundError" in python("-c", f"import {name}").stderr
+    script = f"""
+for name in {ABSENT}:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        print(name)
+"""
+    assert python("-c", script).stdout.split() == ABSENT
 
 
+@pytest.mark.processes
 def test_times_steps_and_writes_what_it_prints(python, tmp_path):
     *printed, summary = benchmark(python, "--blocks=2", "--steps=2", f"--json={tmp_path / 'result.json'}")
     result = json.loads((tmp_path / "result.json").read_text())
@@ -78,9 +73,10 @@ def test_times_steps_and_writes_what_it_prints(python, tmp_path):
     assert result["visible_patches"] == 8  # half of 4 × 4
     # Parameters, EMA and both moments of Adam, in float32.
     assert result["program_bytes"] > 4 * 4 * result["parameters"]
-    assert result["overrides"] == [option for option in TINY if option.startswith("--config.")]
+    assert result["overrides"] == OPTIONS
 
 
+@pytest.mark.processes
 def test_compile_only_runs_nothing(python, tmp_path):
     *_, summary = benchmark(python, "--compile_only", f"--json={tmp_path / 'result.json'}")
     result = json.loads((tmp_path / "result.json").read_text())
@@ -90,6 +86,7 @@ def test_compile_only_runs_nothing(python, tmp_path):
     assert "images_per_s" not in result
 
 
+@pytest.mark.processes
 def test_a_bad_option_is_one_line_and_exit_code_2(python):
     done = python("tools/benchmark.py", *TINY, "--config.model.hiden_size=32")
     assert done.returncode == 2
@@ -99,15 +96,12 @@ def test_a_bad_option_is_one_line_and_exit_code_2(python):
     assert "model.hiden_size" in line and "model.hidden_size" in line
 
 
-def test_loader_is_measured_beside_a_bare_read(tmp_path):
+def test_loader_is_measured_beside_a_bare_read(tmp_path, monkeypatch, capsys):
     """On shards given: both speeds, their ratio, memory."""
     write_synthetic_shards(tmp_path, 300, shard_size=100)
     flags = [f"--data={tmp_path}", "--batch=32", "--threads=1", "--rounds=3", "--batches=10"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "tools/benchmark_loader.py"), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    call_tool(monkeypatch, "benchmark_loader", *flags)
+    result = json.loads(capsys.readouterr().out)
     assert result["items"] == 600
     assert result["loader_items_per_s"] > 1000
     assert result["ratio"] == pytest.approx(result["loader_items_per_s"] / result["bare_items_per_s"])

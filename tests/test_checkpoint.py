@@ -8,24 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from maskdit_jax import load as load_model
-from maskdit_jax.config import resolve
-from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError
 from maskdit_jax.files import locked
 from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import Checkpoints, DamagedError
 
-ROOT = Path(__file__).parent.parent
-SMALL = {"hidden_size": 32, "depth": 1, "decoder_hidden_size": 16, "decoder_depth": 1}
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run's folder with steps 3, 4, 8 and 9, whose weights are as many times the first ones."""
-    overrides = [f"--config.model.{name}={value}" for name, value in SMALL.items()]
-    config = resolve(load(str(ROOT / "configs/digits.py"), overrides), device_count=8)
+    config = tiny_config()
     state = build(config).start(None)
     workdir = tmp_path_factory.mktemp("run")
     checkpoints = Checkpoints(workdir, keep=2, keep_every_steps=4)

@@ -355,6 +355,7 @@ def test_mask_that_hides_everything_comes_with_a_ratio_that_does_not(name, image
 # Without ml_collections
 
 
+@pytest.mark.processes
 def test_without_ml_collections_every_file_resolves_to_the_same_values():
     script = f"""
 import json, sys

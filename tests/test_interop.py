@@ -1,7 +1,6 @@
 """PyTorch weights in and out: bit-exact round trips, strict and safe reading, the exported file in torch."""
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
+from tiny import NETWORK, NUM_STEPS, ROOT, call_tool, command_environment, refusal, tiny_flags
 from torch_maskdit import Denoiser
 
 from maskdit_jax import UserError, export_torch, import_torch, load, main
@@ -29,12 +29,13 @@ from maskdit_jax.training.checkpoint import open_run
 from maskdit_jax.training.state import init_params
 
 pytestmark = pytest.mark.usefixtures("messages")
-ROOT = Path(__file__).parent.parent
 SMALL = {"channels": 1, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 8}
 SMALL |= {"num_classes": 10, "decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 HEADS = {"num_heads": 4, "decoder_num_heads": 2}
 PLAIN_DIT = {"use_decoder": False, "use_mask_token": False}
-VARIANTS = [{"num_classes": 0}, {"use_mask_token": False}, PLAIN_DIT, PLAIN_DIT | {"num_classes": 0}]
+# Every patch size, and every set of tensors that a model can have; widths and depths are test_golden.py's.
+VARIANTS = [("S/2", {}), ("S/4", {"num_classes": 0}), ("S/8", {"use_mask_token": False})]
+VARIANTS += [("S/2", PLAIN_DIT), ("S/2", PLAIN_DIT | {"num_classes": 0})]
 
 
 def random_tensors(options: dict, seed: int = 0) -> dict[str, np.ndarray]:
@@ -62,20 +63,13 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    ("size", "variant"),
-    [(f"{size}/{patch}", {}) for size, patch in itertools.product(SIZES, (2, 4, 8))]
-    + [("S/2", variant) for variant in VARIANTS],
-    ids=str,
-)
+@pytest.mark.parametrize(("size", "variant"), VARIANTS, ids=str)
 def test_export_import_export_is_byte_identical(size, variant, tmp_path):
-    """Every width, number of heads and patch size, with the stacks cut short."""
+    """With the stacks cut short to two blocks, so that their order counts."""
     name, patch = size.split("/")
     _, width, heads = SIZES[name]
-    # Two blocks, so that their order counts; of the large ones one, for time.
     options = {"channels": 4, "patch_size": int(patch), "hidden_size": width, "num_heads": heads}
-    options |= {"image_size": 32, "num_classes": 100, "depth": 1 if width > 800 else 2, "decoder_depth": 2}
-    options |= variant
+    options |= {"image_size": 32, "num_classes": 100, "depth": 2, "decoder_depth": 2} | variant
     original = random_tensors(options)
     import_torch(original, tmp_path / "1", image_size=32, num_classes=options["num_classes"], num_heads=heads)
     export_torch(load(tmp_path / "1"), tmp_path / "first/model.safetensors")
@@ -116,39 +110,21 @@ def test_one_set_stands_for_raw_weights_and_ema(tensors, tmp_path):
         assert_same_tensors(safetensors.numpy.load_file(tmp_path / weights / "out.safetensors"), tensors)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A short run of the digits recipe whose sigma_data, like digits', is not the published one."""
-    workdir = tmp_path_factory.mktemp("run") / "digits"
-    flags = """
-        training.num_steps=3 training.batch_size=16 training.ema_decay=0.5 optimizer.warmup_kimg=0
-        model.hidden_size=32 model.depth=1 model.num_heads=2 model.decoder_hidden_size=16
-        model.decoder_depth=1 model.decoder_num_heads=2 sampling.num_steps=2
-        report.preview_columns=1 report.tensorboard=false evaluation.num_samples=0
-    """
-    overrides = [f"--config.{flag}" for flag in flags.split()]
-    main.main([f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *overrides])
-    return workdir
-
-
 def tool(name: str, *flags: str, largest_file_kb: str = "unlimited") -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     limited = ["bash", "-c", f'ulimit -f {largest_file_kb} && exec "$@"', "bash"]
     script = [*limited, sys.executable, ROOT / "tools" / f"{name}.py", *flags]
-    return subprocess.run(script, env=environment, capture_output=True, text=True)
+    return subprocess.run(script, env=command_environment(), capture_output=True, text=True)
 
 
-def test_exported_run_in_plain_torch(run, tmp_path):
+def test_exported_run_in_plain_torch(run, tmp_path, monkeypatch, capsys):
     """The tool's .pt file loads strictly into torch layers, which denoise as our model does."""
-    done = tool("export_pytorch", f"--workdir={run}", f"--out={tmp_path / 'out/digits.pt'}")
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"exported MaskDiT of 1 blocks .* of step 3 to .*compared\n", done.stdout), (
-        done.stdout
-    )
+    call_tool(monkeypatch, "export_pytorch", f"--workdir={run}", f"--out={tmp_path / 'out/digits.pt'}")
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf"exported MaskDiT of 2 blocks .* of step {NUM_STEPS} to .*compared\n", said), said
     weights = torch.load(tmp_path / "out/digits.pt", weights_only=True)
     card, config = ((tmp_path / "out" / name).read_text() for name in (CARD, CONFIG))
     assert "sigma_data = 0.75" in card
-    assert "| Training step | 3 |" in card
+    assert f"| Training step | {NUM_STEPS} |" in card
     assert json.loads(config)["config"]["diffusion"]["sigma_data"] == 0.75
 
     rng = np.random.default_rng(0)
@@ -162,11 +138,11 @@ def test_exported_run_in_plain_torch(run, tmp_path):
             image_size=8,
             channels=1,
             patch_size=2,
-            width=32,
-            depth=1,
-            heads=2,
+            width=NETWORK["hidden_size"],
+            depth=NETWORK["depth"],
+            heads=NETWORK["num_heads"],
             num_classes=10,
-            decoder=(16, 1, 2),
+            decoder=(NETWORK["decoder_hidden_size"], NETWORK["decoder_depth"], NETWORK["decoder_num_heads"]),
             mask_token=True,
         )
         denoiser.load_state_dict(weights[name], strict=True)
@@ -178,25 +154,18 @@ def test_exported_run_in_plain_torch(run, tmp_path):
     assert np.abs(difference["ema"] - difference["model"]).max() > 1e-3
 
 
-def test_imported_run_goes_on_like_a_run(run, tmp_path):
+def test_imported_run_goes_on_like_a_run(run, tmp_path, monkeypatch, capsys):
     """Export by the tool, import by the tool: the same samples, and a run starts from it, saying how."""
     out = tmp_path / "out/digits.safetensors"
-    assert tool("export_pytorch", f"--workdir={run}", f"--out={out}").returncode == 0
-    done = tool("import_pytorch", f"--input={out}", f"--out={tmp_path / 'imported'}", "--num_classes=10")
-    assert done.returncode == 0, done.stderr
-    assert "starts a fresh optimizer" in done.stdout
+    call_tool(monkeypatch, "export_pytorch", f"--workdir={run}", f"--out={out}")
+    flags = [f"--input={out}", f"--out={tmp_path / 'imported'}", "--num_classes=10"]
+    call_tool(monkeypatch, "import_pytorch", *flags)
+    assert "starts a fresh optimizer" in capsys.readouterr().out
     expected, model = load(run), load(tmp_path / "imported")
     np.testing.assert_array_equal(model.sample([1, 2, 3]), expected.sample([1, 2, 3]))
 
-    config = expected.config.to_dict()
-    flags = [
-        f"--config.{section}.{name}={value}"
-        for section in ("model", "training", "optimizer", "sampling", "report", "evaluation")
-        for name, value in config[section].items()
-    ]
-    start = ["--config.training.num_steps=1", "--config.optimizer.learning_rate=1e-9"]
-    start += [f"--config={ROOT / 'configs/digits.py'}", f"--config.init_from={tmp_path / 'imported'}"]
-    main.main([f"--workdir={tmp_path / 'tuned'}", *flags, *start])
+    start = {"training.num_steps": 1, "optimizer.learning_rate": 1e-9, "init_from": tmp_path / "imported"}
+    main.main([f"--workdir={tmp_path / 'tuned'}", *tiny_flags(start)])
     for tuned, imported in zip(
         jax.tree.leaves(load(tmp_path / "tuned", "params").params), jax.tree.leaves(model.params), strict=True
     ):
@@ -204,7 +173,7 @@ def test_imported_run_goes_on_like_a_run(run, tmp_path):
 
     before = files(tmp_path / "imported")
     with pytest.raises(SystemExit):  # an import is not a run that could be continued
-        main.main([f"--workdir={tmp_path / 'imported'}", *flags, start[2]])
+        main.main([f"--workdir={tmp_path / 'imported'}", *tiny_flags()])
     assert files(tmp_path / "imported") == before
 
 
@@ -226,7 +195,7 @@ def test_what_is_in_the_way_stays(run, tensors, tmp_path):
 def test_config_of_another_file_is_not_used(run, tmp_path):
     export_torch(load(run), tmp_path / "out/model.safetensors")
     (tmp_path / "out/model.safetensors").rename(tmp_path / "out/other.safetensors")
-    with pytest.raises(UserError, match=r"1 blocks of width 32.*tensors do not tell num_heads"):
+    with pytest.raises(UserError, match=r"2 blocks of width 64.*tensors do not tell num_heads"):
         import_torch(tmp_path / "out/other.safetensors", tmp_path / "imported")
 
 
@@ -411,14 +380,15 @@ def test_hostile_files_are_refused_and_nothing_is_written(name, tensors, tmp_pat
     assert files(tmp_path) == before
 
 
-def test_tool_refuses_in_one_line(tmp_path):
+def test_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"bad")
-    done = tool("import_pytorch", f"--input={tmp_path / 'bad.safetensors'}", f"--out={tmp_path / 'imported'}")
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .*bad\.safetensors is damaged.*\n", done.stderr)
+    flags = [f"--input={tmp_path / 'bad.safetensors'}", f"--out={tmp_path / 'imported'}"]
+    error = refusal(capsys, call_tool, monkeypatch, "import_pytorch", *flags)
+    assert re.fullmatch(r"error: .*bad\.safetensors is damaged.*\n", error)
     assert files(tmp_path) == ["bad.safetensors"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 def test_full_disk_leaves_nothing_behind(kind, run, tmp_path):
     """No file may grow past 50 kB here, which the libraries see as they see a full disk."""

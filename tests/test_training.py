@@ -9,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
-from maskdit_jax.models.maskdit import MaskDiT
 from maskdit_jax.models.masking import random_mask, restore_tokens
-from maskdit_jax.training.mesh import AXES, batch_sharding, make_mesh, state_shardings
+from maskdit_jax.training.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
     keep_schedule,
@@ -56,9 +55,14 @@ OPTIONS = StepOptions(
 
 
 @functools.cache
+def fresh_params(**options) -> dict:
+    return jax.jit(lambda: init_params(TINY | options, 0))()
+
+
+@functools.cache
 def trained_params(**options) -> dict:
     """Parameters none of which is zero, as after some training."""
-    params = init_params(TINY | options, 0)
+    params = fresh_params(**options)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
@@ -116,7 +120,7 @@ def test_loss_at_start_is_one():
         denoise = precondition(nnx.merge(network_graph(TINY), params), 0.5)
         return maskdit_loss(denoise, noisy, patch_size=2, sigma_data=0.5, mae_coef=0.1)[0].mean()
 
-    assert float(loss(init_params(TINY, 0))) == pytest.approx(1.0, abs=0.01)
+    assert float(loss(fresh_params())) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +193,7 @@ def test_gradient_of_restoring_equals_autodiff_of_a_scatter():
 def test_loss_falls_and_the_ema_follows_the_numpy_loop():
     step, batch = train_step(), batch_of()
     batch["latents"] = jnp.where(batch["label"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["latents"]
-    state = init_state(init_params(TINY, 0), adamw())
+    state = init_state(fresh_params(), adamw())
     ema, losses = jax.device_get(state.ema_params), []
     for _ in range(40):
         state, metrics = step(state, batch, 8)
@@ -211,27 +215,6 @@ def test_accumulated_microbatches_equal_the_whole_batch():
     assert_trees_close(cut_metrics, whole_metrics, rtol=1e-5)
     # Adam divides by the gradient's size: compare its first moment, the gradient itself.
     assert_trees_close(cut.opt_state[1][0].mu, whole.opt_state[1][0].mu, rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (1, 8)])
-def test_one_step_on_eight_devices_equals_the_step_on_one(data, fsdp):
-    """Losses, gradient and parameters, whatever the mesh: the draws do not depend on it."""
-    mesh = make_mesh(data, fsdp)
-    state, batch = init_state(trained_params(), adamw()), batch_of()
-    single, single_metrics = train_step()(state, batch, 8)
-    shardings = state_shardings(state, mesh)
-    step = jax.jit(
-        make_train_step(network_graph(TINY), adamw(), OPTIONS, mesh),
-        static_argnums=2,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-    )
-    many, many_metrics = step(state, batch, 8)
-    assert_trees_close(many_metrics, single_metrics, rtol=1e-5)
-    assert_trees_close(many.opt_state[1][0].mu, single.opt_state[1][0].mu, rtol=1e-4, atol=1e-8)
-    # Adam turns a gradient that is only rounding into a full step: parameters are compared as a whole.
-    difference = jax.tree.map(jnp.subtract, jax.device_get(many.params), jax.device_get(single.params))
-    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(single.params)
 
 
 def test_large_parameters_are_cut_over_fsdp_and_small_ones_are_whole():
@@ -278,9 +261,7 @@ def test_moments_are_drawn_anew_at_every_step():
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"unroll": "full"}, {"remat": "full"}, {"remat": "mlp", "unroll": "full"}]
-)
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "mlp", "unroll": "full"}])
 def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     """The same losses and gradients from one set of parameters."""
 
@@ -304,7 +285,7 @@ def test_half_precision_stays_close_and_keeps_float32_parameters():
 
 
 def test_network_without_classes_ignores_labels():
-    network = nnx.merge(network_graph(TINY | {"num_classes": 0}), trained_params(num_classes=0))
+    network = jax.jit(nnx.merge(network_graph(TINY | {"num_classes": 0}), trained_params(num_classes=0)))
     x, c_noise = batch_of(2)["latents"], jnp.zeros(2)
     np.testing.assert_array_equal(
         network(x, c_noise, jnp.array([1, 2])), network(x, c_noise, jnp.array([-1, 4]))
@@ -314,7 +295,7 @@ def test_network_without_classes_ignores_labels():
 def test_initialisation_is_the_papers():
     """Zero: every modulation, the bridge and the output; normal 0.02: embeddings; Xavier elsewhere."""
     options = TINY | {"hidden_size": 256, "decoder_hidden_size": 128}
-    model = MaskDiT(**options, rngs=nnx.Rngs(0))
+    model = nnx.merge(network_graph(options), jax.jit(lambda: init_params(options, 0))())
     stacks = (model.encoder.layers, model.decoder.layers)
     zero = [s.modulation.linear.kernel for s in stacks]
     zero += [part.linear.kernel for m in (model.bridge, model.output) for part in (m, m.modulation)]
