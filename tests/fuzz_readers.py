@@ -28,7 +28,7 @@ from test_hostile import CLEAR, listing, memory_mb, sound
 
 from maskdit_jax.errors import UserError
 
-SECONDS, MEMORY_MB, ADDRESS_SPACE = 10, 500, 4 * 2**30  # the last: beyond what a child has after its start
+SECONDS, MEMORY_MB, ADDRESS_SPACE = 10, 500, 4 * 2**30  # the last: beyond what it has after its start
 BLOCKS = (1, 8, 64, 512, 4096)
 NUMBERS = (
     b"-1",
@@ -146,9 +146,7 @@ def make_input(reader: str, folder: Path, seed: int, number: int) -> tuple[Path,
 def read_all(reader: str, pipe: Connection) -> None:
     """Read each path that comes; answer (what happened, details)."""
     sound(reader)
-    used = (
-        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if CLEAR.exists() else 0
-    )
+    used = 2**20 * round(memory_mb("VmSize"))
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard == resource.RLIM_INFINITY or hard > used + ADDRESS_SPACE:
         resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, hard))

@@ -36,7 +36,7 @@ def listing(folder: Path) -> dict[str, int]:
 
 
 def memory_mb(field: str) -> float:
-    """VmRSS, memory now, or VmHWM, its peak since `CLEAR` was told 5; 0 where the system does not say."""
+    """VmRSS, memory now, VmHWM, its peak since `CLEAR` was told 5, or VmSize; 0 where no system says it."""
     found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text()) if CLEAR.exists() else None
     return int(found[1]) / 1024 if found else 0
 

@@ -14,13 +14,12 @@ import numpy as np
 from maskdit_jax.data.autoencoder import Autoencoder
 from maskdit_jax.data.image_sets import ImageSet
 from maskdit_jax.data.images import centre_square, to_float
-from maskdit_jax.data.shards import METADATA, finish_shards, read_report, shard_names, write_shard
+from maskdit_jax.data.shards import DTYPES, METADATA, finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.errors import UserError
-from maskdit_jax.files import appears_whole
-from maskdit_jax.log import duration, log
+from maskdit_jax.files import appears_whole, read_json
+from maskdit_jax.log import counted, duration, log
 
 SETTINGS = "encoding.json"
-DTYPES = ("float16", "float32")
 BATCHES_AHEAD = 2
 SECONDS_BETWEEN_REPORTS = 10
 
@@ -77,10 +76,14 @@ def encode_images(
             corrupt += len(skipped)
             if corrupt > how.max_corrupt:
                 raise UserError(f"{corrupt} images cannot be read, more than max_corrupt={how.max_corrupt}")
-    reports = [read_report(out, name, verify=False) for name in names]
-    missing = sum(report is None for report in reports)
+    reports = [report for name in names if (report := read_report(out, name, verify=False))]
+    missing = len(names) - len(reports)
     if missing:
-        log.info(f"part {index}/{count} is complete; {missing} of {len(names)} shards are other processes'")
+        are = "is" if missing == 1 else "are"
+        log.info(
+            f"part {index}/{count} is complete; {missing} of {counted(len(names), 'shard')} {are} left for "
+            " other processes"
+        )
         return
     stats = finish_shards(
         out, reports, num_classes=len(images.classes), latent_scale=autoencoder.latent_scale, about=about
@@ -112,8 +115,17 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{out} already holds a data set of another origin: choose a new folder")
         with appears_whole(file) as partial:
             partial.write_text(json.dumps(settings, indent=1))
-    found = json.loads(file.read_text())
-    differences = [f"{k}={v} here, {found.get(k)} there" for k, v in settings.items() if found.get(k) != v]
+    try:
+        found = read_json(file)
+    except UserError as error:
+        raise UserError(
+            f"{error}; choose a new folder, or remove that file if {out} is of this encoding"
+        ) from error
+    differences = [
+        f"{name}={value} here, {found.get(name)!s:.80} there"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
     if differences:
         raise UserError(f"{out} holds another encoding: {'; '.join(differences)}; choose a new folder")
 
