@@ -1,39 +1,33 @@
 """Published latents as an LMDB: z-I the moments as bytes, y-I the class as text, `length` how many.
 
-LMDB reads its file as memory and believes what it finds there: a damaged file can end the process that
-reads it with a bus error, or keep it busy for ever. So a second process reads, this module run as a
-command, and tells the first one labels and then items over a pipe, as bytes; what it cannot read it says
-in one line on its standard error, with `REFUSED` as exit code.
+LMDB takes its file as memory and believes what it finds there: a damaged file can end the process that
+reads it with a bus error, or keep it busy for ever. So a second process reads (lmdb_process.py), and here
+its answers are judged.
 """
 
 import array
 import contextlib
-import os
+import importlib.util
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from maskdit_jax.data import lmdb_process
+from maskdit_jax.data.lmdb_process import ABOUT, FAILED, RECORD
 from maskdit_jax.data.published import CHANNELS, MAX_ITEM_BYTES, Items, number, side_of
 from maskdit_jax.errors import UserError, first_line, printable
 from maskdit_jax.log import counted, log
 
 INPUT = "the folder that holds data.mdb"
-REFUSED = 3
-DAMAGE = (-signal.SIGBUS, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
-LABELS_PER_MESSAGE = 1000
+LABELS_PER_REQUEST = 1000
 ITEMS_PER_REQUEST = 64  # few enough to wait in memory, many enough that asking costs nothing
-MAX_SILENCE_S = 120  # a disk may have to wake up; a thousand look-ups or one item take no longer than this
-ROOT = Path(__file__).parents[2]
-
-
-# The process that asks
+MAX_SILENCE_S = 120  # a disk may have to wake up, but no request takes longer
+SIGNALS_OF_DAMAGE = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 @contextlib.contextmanager
@@ -48,155 +42,115 @@ def lmdb_items(folder: Path) -> Iterator[Items]:
     file = folder / "data.mdb"
     if not file.is_file():
         raise UserError(f"{file}: no such file; for --format=lmdb --input is {INPUT}")
-    reader = _Reader(file)
+    if importlib.util.find_spec("lmdb") is None:
+        raise UserError("--format=lmdb needs the package lmdb: pip install lmdb")
+    process = _Process(file)
     try:
-        labels = np.frombuffer(b"".join(iter(lambda: reader.receive(8 * LABELS_PER_MESSAGE), b"")), np.int64)
-        size = int.from_bytes(reader.receive(8), "little")
+        labels, size = _labels(process, file)
         log.info(f"{printable(file)}: {counted(len(labels), 'item')}")
         side = side_of(size)
 
         def read(numbers: np.ndarray) -> Iterator[np.ndarray]:
             for start in range(0, len(numbers), ITEMS_PER_REQUEST):
-                part = numbers[start : start + ITEMS_PER_REQUEST].astype(np.int64)
-                reader.send(part.tobytes())
+                keys = [f"z-{i}" for i in numbers[start : start + ITEMS_PER_REQUEST]]
+                process.ask("=", keys)
                 # All of them before the first is given away: whoever stops in between leaves none behind.
-                for item in [reader.receive(size) for _ in part]:
+                for item in [process.answer(size) for _ in keys]:
                     yield np.frombuffer(item, "<f4").reshape(CHANNELS, side, side)
 
-        yield Items(labels, read, lambda number: f"{file}, item {number}")
+        yield Items(labels, read, lambda item: f"{file}, item {item}")
     finally:
-        reader.stop()
+        process.stop()
 
 
-class _Reader:
-    """The second process; whatever ends or stops it becomes a UserError here."""
+def _labels(process: "_Process", file: Path) -> tuple[np.ndarray, int]:
+    """Labels [n] of an LMDB in which every item is there and of the same size, and nothing else is; that
+    size in bytes."""
+    entries, expected_bytes = ABOUT.unpack(process.answer(ABOUT.size))
+    there = file.stat().st_size
+    if there < expected_bytes:
+        raise UserError(f"{file} is cut short: {there:,} of {expected_bytes:,} bytes")
+
+    def look_up(keys: list[str]) -> Iterator[tuple[str, int, bytes]]:
+        """Key, size of the value and its first bytes."""
+        process.ask("?", keys)
+        records = RECORD.iter_unpack(process.answer(RECORD.size * len(keys)))
+        for key, (size, text) in zip(keys, records, strict=True):
+            if size < 0:
+                raise UserError(f"{file}: {key} is missing")
+            yield key, size, text[:size]
+
+    def numbered(key: str, text: bytes) -> int:
+        return number(text, f"{file}: {key}")
+
+    ((key, _, text),) = look_up(["length"])
+    length, first = numbered(key, text), 0
+    labels = array.array("q")
+    for start in range(0, length, LABELS_PER_REQUEST):
+        some = range(start, min(start + LABELS_PER_REQUEST, length))
+        for key, size, text in look_up([f"{kind}-{i}" for i in some for kind in "zy"]):
+            if key.startswith("y"):
+                labels.append(numbered(key, text))
+                continue
+            if not side_of(size):
+                raise UserError(f"{file}: {key} is {size:,} bytes, which are no [8, H, H] float32")
+            first = first or size
+            if size != first:
+                raise UserError(f"{file}: {key} is {size:,} bytes, but z-0 is {first:,}")
+    expected = 2 * length + 1
+    if entries != expected:
+        raise UserError(f"{file} has {entries:,} keys, but length={length} makes {expected:,}: it holds more")
+    if first > MAX_ITEM_BYTES or length * first > there:
+        raise UserError(f"{file} is damaged: {there:,} bytes cannot hold {length:,} items of {first:,}")
+    return np.array(labels, np.int64), first
+
+
+class _Process:
+    """The process that reads; whatever it meets, ends or stops it becomes a UserError here."""
 
     def __init__(self, file: Path):
         self._file = file
         self._pipe, theirs = Pipe()
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with theirs:
             self._process = subprocess.Popen(
-                # -P: not the modules that may lie in the current folder.
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), file],
+                # -P: no modules from beside the script, whose names are the package's.
+                [sys.executable, "-P", lmdb_process.__file__, str(theirs.fileno()), file.parent],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
 
-    def send(self, message: bytes) -> None:
+    def ask(self, kind: str, keys: list[str]) -> None:
         try:
-            self._pipe.send_bytes(message)
+            self._pipe.send_bytes(f"{kind}{' '.join(keys)}".encode())
         except OSError:
             raise self._ended() from None
 
-    def receive(self, max_bytes: int) -> bytes:
+    def answer(self, max_bytes: int) -> bytes:
         try:
-            if not self._pipe.poll(MAX_SILENCE_S):
-                raise UserError(
-                    f"{self._file} is damaged, or its disk does not answer: nothing was read of it for "
-                    f"{MAX_SILENCE_S} s"
-                )
-            return self._pipe.recv_bytes(max_bytes)
+            if self._pipe.poll(MAX_SILENCE_S):
+                return self._pipe.recv_bytes(max_bytes)
         except (EOFError, OSError):
             raise self._ended() from None
+        raise UserError(
+            f"{self._file} is damaged, or its disk does not answer: nothing came of it for {MAX_SILENCE_S} s"
+        )
 
     def _ended(self) -> UserError:
         """Why there is nothing more to hear."""
         try:
-            said = self._process.communicate(timeout=5)[1].decode(errors="replace").strip()
-        except subprocess.TimeoutExpired:  # it said more than it was asked for
+            said = self._process.communicate(timeout=5)[1].decode(errors="replace")
+        except subprocess.TimeoutExpired:  # it lives, but its answer was longer than it had said before
             return UserError(f"{self._file} is damaged: its items change while they are read")
         code = self._process.returncode
-        if code == REFUSED:
-            return UserError(said)
-        if code in DAMAGE:
-            why = signal.Signals(-code).name
-            return UserError(f"{self._file} is damaged: it ended the process that read it ({why})")
-        why = signal.Signals(-code).name if code < 0 else said[-200:] or f"exit code {code}"
-        return UserError(f"{self._file} could not be read: the process that read it ended ({why})")
+        if code == FAILED:
+            return UserError(f"{self._file} is damaged or not an LMDB: {first_line(ValueError(said), 200)}")
+        why = signal.Signals(-code).name if code < 0 else first_line(ValueError(said[-200:]))
+        damaged = "is damaged" if -code in SIGNALS_OF_DAMAGE else "could not be read"
+        return UserError(f"{self._file} {damaged}: the process that read it was ended by {why}")
 
     def stop(self) -> None:
         self._pipe.close()
         with self._process:  # its end is waited for
             self._process.kill()
-
-
-# The process that reads
-
-
-def _serve(pipe: Connection, file: Path) -> None:
-    """Send the labels, in parts, an empty message and the size of an item; then the items asked for."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError("--format=lmdb needs the package lmdb: pip install lmdb") from error
-    try:
-        with lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, subdir=True) as env:
-            bytes_there, expected = file.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-            if bytes_there < expected:
-                raise UserError(f"{file} is cut short: {bytes_there:,} of {expected:,} bytes")
-            # As buffers, the values are not copied: looking at their size does not read them.
-            with env.begin(buffers=True) as transaction:
-                size = _send_labels(pipe, transaction, file)
-                pipe.send_bytes(b"")
-                pipe.send_bytes(size.to_bytes(8, "little"))
-                while True:
-                    for i in np.frombuffer(pipe.recv_bytes(8 * ITEMS_PER_REQUEST), np.int64).tolist():
-                        pipe.send_bytes(_get(transaction, b"z-%d" % i, file))
-    except (UserError, EOFError, BrokenPipeError):
-        raise
-    except Exception as error:  # damage makes LMDB and its package fail in many ways
-        raise UserError(f"{file} is damaged or not an LMDB: {first_line(error, 200)}") from error
-
-
-def _send_labels(pipe: Connection, transaction: Any, file: Path) -> int:
-    """The size of an item of an LMDB in which every item is there and of that size, and nothing else is."""
-    length = _number(transaction, b"length", file)
-    first, labels = 0, array.array("q")
-    for i in range(length):
-        size = len(_get(transaction, b"z-%d" % i, file))
-        if not side_of(size):
-            raise UserError(f"{file}: z-{i} is {size:,} bytes, which are no [8, H, H] float32")
-        first = first or size
-        if size != first:
-            raise UserError(f"{file}: z-{i} is {size:,} bytes, but z-0 is {first:,}")
-        labels.append(_number(transaction, b"y-%d" % i, file))
-        if len(labels) == LABELS_PER_MESSAGE:
-            pipe.send_bytes(labels)
-            labels = array.array("q")
-    if labels:
-        pipe.send_bytes(labels)
-    entries, expected = transaction.stat()["entries"], 2 * length + 1
-    if entries != expected:
-        raise UserError(f"{file} has {entries:,} keys, but length={length} makes {expected:,}: it holds more")
-    if first > MAX_ITEM_BYTES or length * first > file.stat().st_size:
-        raise UserError(f"{file} is damaged: it cannot hold {length:,} items of {first:,} bytes")
-    return first
-
-
-def _get(transaction: Any, key: bytes, file: Path) -> Any:
-    value = transaction.get(key)
-    if value is None:
-        raise UserError(f"{file}: {key.decode()} is missing")
-    return value
-
-
-def _number(transaction: Any, key: bytes, file: Path) -> int:
-    return number(bytes(_get(transaction, key, file)[:40]), f"{file}: {key.decode()}")
-
-
-def main() -> None:
-    try:
-        _serve(Connection(int(sys.argv[1])), Path(sys.argv[2]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(REFUSED)
-    except (EOFError, BrokenPipeError):
-        pass  # nobody asks any more
-
-
-if __name__ == "__main__":
-    main()

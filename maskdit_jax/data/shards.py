@@ -131,7 +131,7 @@ def finish_shards(
     for report in reports:
         if len(report["statistics"]["sum"]) != channels2 // 2:
             raise UserError(
-                f"{folder / report['name']}.json is not of {channels2 // 2} channels: remove it; the same command "
+                f"{folder / report['name']}.json is not of {channels2 // 2} channels: remove it; the command "
                 "makes its shard again"
             )
     total = {

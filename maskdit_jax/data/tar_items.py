@@ -71,7 +71,7 @@ class _Headers(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= self.left:
             raise UserError(
-                f"{os.fsdecode(self.name)} is damaged: the header before byte {self.tell():,} claims {size:,} "
+                f"{os.fsdecode(self.name)} is damaged: a header before {self.tell():,} claims {size:,} "
                 f"bytes; a name and attributes have at most {MAX_HEADER_BYTES:,}"
             )
         self.left -= size
