@@ -28,7 +28,9 @@ def serve(pipe: Connection, folder: bytes) -> None:
                 keys = request[1:].split()
                 if request[:1] == b"=":
                     for key in keys:
-                        pipe.send_bytes(transaction.get(key))
+                        if (value := transaction.get(key)) is None:
+                            raise KeyError(key)
+                        pipe.send_bytes(value)
                     continue
                 values = [transaction.get(key) for key in keys]
                 records = [(-1, b"") if v is None else (len(v), bytes(v[:40])) for v in values]

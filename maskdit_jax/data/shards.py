@@ -268,8 +268,9 @@ def _sha256(file: Path) -> str:
 
 def _statistics(moments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Sums over the unscaled latents that the moments of view 0 describe, for each channel; float64."""
-    mean, logvar = np.split(moments[:, 0].astype(np.float64), 2, axis=-1)
-    second = mean**2 + np.exp(np.clip(logvar, *LOGVAR_RANGE))
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite have been warned of
+        mean, logvar = np.split(moments[:, 0].astype(np.float64), 2, axis=-1)
+        second = mean**2 + np.exp(np.clip(logvar, *LOGVAR_RANGE))
     classes, counts = np.unique(labels, return_counts=True)
     return {
         "values": int(mean[..., 0].size),

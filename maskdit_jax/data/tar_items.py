@@ -80,6 +80,7 @@ class _Headers(io.FileIO):
 
 class _Tar(tarfile.TarFile):
     members: list[tarfile.TarInfo]  # where it keeps every header it has read
+    pax_headers: dict[str, str]  # and here every attribute of all members
 
 
 def _scan(tar: Path) -> tuple[np.ndarray, np.ndarray]:
