@@ -46,6 +46,8 @@ def decode_image(content: bytes, name: str, *, upright: bool = True) -> "Image":
     Raises:
       UserError: damaged, animated, too small, too large or too narrow (checked before it is decoded).
     """
+    from PIL import UnidentifiedImageError
+
     Image = _pillow()
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -61,6 +63,8 @@ def decode_image(content: bytes, name: str, *, upright: bool = True) -> "Image":
         return image.convert("RGB")
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise many kinds
         raise UserError(f"{name}: not a readable image ({first_line(error, 150)})") from error
 

@@ -82,9 +82,10 @@ def _records(items: Items, source: Path, *, num_classes: int, flips: bool) -> np
         raise UserError(f"{source} holds no items")
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if outside.size:
+        more = f"; so are {counted(outside.size - 1, 'other')}" if outside.size > 1 else ""
         raise UserError(
             f"{items.where(outside[0])}: class {labels[outside[0]]} is outside 0 … {num_classes - 1} "
-            f"(num_classes={num_classes}), as are {counted(outside.size - 1, 'other')}"
+            f"(num_classes={num_classes}){more}"
         )
     numbers = np.arange(len(labels))
     if not flips:

@@ -71,8 +71,8 @@ class _Headers(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= self.left:
             raise UserError(
-                f"{os.fsdecode(self.name)} is damaged: a header before {self.tell():,} claims {size:,} "
-                f"bytes; a name and attributes have at most {MAX_HEADER_BYTES:,}"
+                f"{os.fsdecode(self.name)} is damaged: the header that ends at byte {self.tell():,} "
+                f"claims {size:,} bytes of names and attributes, expected at most {MAX_HEADER_BYTES:,}"
             )
         self.left -= size
         return super().read(size)
@@ -99,8 +99,8 @@ def _scan(tar: Path) -> tuple[np.ndarray, np.ndarray]:
                     raise UserError(f"{tar}: {member.name[:80]!r} is no member NNNNNNN.cls or NNNNNNN.latent")
                 if not 0 <= member.size <= MAX_ITEM_BYTES:
                     raise UserError(
-                        f"{tar} is damaged: {member.name} claims {member.size:,} bytes, more than the "
-                        f"{MAX_ITEM_BYTES:,} of any latent"
+                        f"{tar} is damaged: {member.name} claims {member.size:,} bytes, expected "
+                        f"at most {MAX_ITEM_BYTES:,}"
                     )
                 last = opened.offset
                 if name[2] == "latent":
