@@ -89,7 +89,7 @@ def write_lmdb(folder: Path, keys: dict[str, bytes] | None = None) -> Path:
 
 
 def tar_members() -> dict[str, bytes]:
-    members = {}
+    members: dict[str, bytes] = {}
     for i, (label, moments) in enumerate(zip(LABELS, items(), strict=True)):
         members |= {f"{i:07d}.cls": b"%d" % label, f"{i:07d}.latent": pickle.dumps(moments, protocol=4)}
     return members
@@ -119,8 +119,15 @@ def repair_tar(path: Path) -> None:
 
 
 def read_published(path: Path, format: str) -> object:
-    options = {"num_classes": 3, "latent_scale": 1.0, "flips": True, "shard_size": 100}
-    return import_latents(path, path.with_name("out"), format=format, **options)
+    return import_latents(
+        path,
+        path.with_name("out"),
+        format=format,
+        num_classes=3,
+        latent_scale=1.0,
+        flips=True,
+        shard_size=100,
+    )
 
 
 READERS["lmdb"] = Reader(write_lmdb, lambda path: read_published(path, "lmdb"))

@@ -94,7 +94,7 @@ class Tfds:
         except tfds.core.registered.DatasetNotFoundError as error:
             raise UserError(f"tfds:{name}: tensorflow_datasets knows no such data set") from error
         except Exception as error:  # every data set has its own ways to fail
-            reason = " ".join(str(error).split())[:300] or repr(error)  # its advice is in later lines
+            reason = " ".join(str(error).split())[:300] or repr(error)  # what to do is in its later lines
             raise UserError(f"tfds:{name} cannot be prepared or read: {reason}") from error
         features = builder.info.features
         if "image" not in features:

@@ -54,9 +54,10 @@ def lmdb_items(folder: Path) -> Iterator[Items]:
             for start in range(0, len(numbers), ITEMS_PER_REQUEST):
                 keys = [f"z-{i}" for i in numbers[start : start + ITEMS_PER_REQUEST]]
                 process.ask("=", keys)
-                # All of them before the first is given away: whoever stops in between leaves none behind.
-                for item in [process.answer(size) for _ in keys]:
-                    yield np.frombuffer(item, "<f4").reshape(CHANNELS, side, side)
+                values = np.frombuffer(process.answer(size * len(keys)), "<f4")
+                if values.nbytes != size * len(keys):
+                    raise UserError(f"{file} is damaged: its items change while they are read")
+                yield from values.reshape(len(keys), CHANNELS, side, side)
 
         yield Items(labels, read, lambda item: f"{file}, item {item}")
     finally:

@@ -2,7 +2,7 @@
 
 It imports nothing of the package, so it starts at once, and it judges nothing. Over the pipe it first
 says how many entries and bytes the data base has, then answers lists of keys, one message each:
-`?KEY KEY …` with a `RECORD` for each key, `=KEY KEY …` with a message for each key, its value.
+`?KEY KEY …` with a `RECORD` for each key, `=KEY KEY …` with their values, one after the other.
 """
 
 import os
@@ -25,14 +25,10 @@ def serve(pipe: Connection, folder: bytes) -> None:
         with env.begin(buffers=True) as transaction:
             while True:
                 request = pipe.recv_bytes()
-                keys = request[1:].split()
+                values = [transaction.get(key) for key in request[1:].split()]
                 if request[:1] == b"=":
-                    for key in keys:
-                        if (value := transaction.get(key)) is None:
-                            raise KeyError(key)
-                        pipe.send_bytes(value)
+                    pipe.send_bytes(b"".join(value for value in values if value is not None))
                     continue
-                values = [transaction.get(key) for key in keys]
                 records = [(-1, b"") if v is None else (len(v), bytes(v[:40])) for v in values]
                 pipe.send_bytes(b"".join(RECORD.pack(*record) for record in records))
 
