@@ -265,7 +265,16 @@ FORGED = opcodes(
 )
 NESTED = opcodes(b"cnumpy._core.numeric\n_frombuffer\n(C\x00N", b")" + b"\x85" * 10**5, b"X\x01\0\0\0CtR")
 LARGE = 20 * 10**9
+DOUBLED = b")" + b"2\x86" * 60  # (), ((), ()), … always twice the one before
 LATENT = pickle.dumps(np.zeros((8, 4, 4), np.float32))
+
+
+def endless_shape() -> bytes:
+    """The shape of an array is a tuple of one tuple twice, which is one tuple twice, and so on."""
+    sound = pickle.dumps(np.zeros((8, 4, 4), np.float32), protocol=3)
+    return sound.replace(b"K\x08K\x04K\x04\x87", DOUBLED)
+
+
 TAR_CASES = [
     ("tar", "code", pickled(pickle.dumps(RunsCode())), "x.tar, item 0000003", "would load 'posix.system'"),
     ("tar", "eval", pickled(opcodes(b"cbuiltins\neval\n\x8c\x011\x85R")), "would load 'builtins.eval'"),
@@ -295,6 +304,15 @@ TAR_CASES = [
     ),
     ("tar", "nested pickle", pickled(NESTED), "item 0000003: "),
     ("tar", "8 EiB in a pickle", pickled(opcodes(b"\x8e" + b"\xff" * 7 + b"\x7f")), "its pickle is damaged"),
+    ("tar", "4 GB in a memo", pickled(opcodes(b"Nr\xff\xff\xff\x0f")), "has LONG_BINPUT, which no"),
+    (
+        "tar",
+        "a hash without end",
+        pickled(opcodes(b"}", DOUBLED, b"Ns")),
+        "has SETITEM, which no array needs",
+    ),
+    ("tar", "a shape without end", pickled(endless_shape()), "an array of no shape, expected"),
+    ("tar", "5 GB in a pickle", pickled(opcodes(b"\x8e" + (5 * 10**9).to_bytes(8, "little"))), "is damaged"),
     ("tar", "no array", pickled(pickle.dumps([1, 2])), "item 0000003: its pickle is no array"),
     ("tar", "cut pickle", pickled(LATENT[:-9]), "its pickle is damaged"),
     ("tar", "empty pickle", pickled(b""), "item 0000003: its pickle is damaged"),

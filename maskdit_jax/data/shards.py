@@ -144,12 +144,14 @@ def finish_shards(
             count_per_class[label] = count_per_class.get(label, 0) + count
     mean = total["sum"] / total["values"]
     second = total["sum_of_squares"] / total["values"]
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite have been warned of
+        deviation = np.sqrt(second - mean**2)
     stats = {
         "num_images": sum(report["num_records"] for report in reports),
         "count_per_class": dict(sorted(count_per_class.items(), key=lambda item: int(item[0]))),
         "latent_scale": latent_scale,
         "latents_mean": (latent_scale * mean).tolist(),
-        "latents_std": (latent_scale * np.sqrt(second - mean**2)).tolist(),
+        "latents_std": (latent_scale * deviation).tolist(),
         "latents_rms": float(latent_scale * np.sqrt(second.mean())),
         "raw_latents_rms": float(np.sqrt(second.mean())),
         "skipped": [name for report in reports for name in report["skipped"]],

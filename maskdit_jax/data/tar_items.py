@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import re
 import tarfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ INPUT = "the folder that holds the .tar files"
 # All headers of a member together: one block, with pax attributes three or four. tarfile takes a time
 # that grows with the square of their length.
 MAX_HEADER_BYTES = 4096
+HASHING = ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET")
+MAX_MEMO = 1000  # a pickled array has about ten entries
 
 
 @contextlib.contextmanager
@@ -175,6 +178,11 @@ def _unpickle(pickled: bytes, where: str) -> np.ndarray:
       UserError: it is something else; the message begins with `where`.
     """
     try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            # Hashing a tuple that holds itself over and over takes for ever; a place in the memo takes
+            # memory for all places before it.
+            if opcode.name in HASHING or (opcode.name.endswith("PUT") and int(argument) > MAX_MEMO):
+                raise UserError(f"{where}: its pickle has {opcode.name}, which no array needs")
         return _array(_ArraysOnly(pickled, where).load(), where)
     except UserError:
         raise
@@ -203,5 +211,8 @@ def _array(said: Any, where: str) -> np.ndarray:
             raise UserError(f"{where}: an array of no dtype, expected float32")
     side = side_of(len(data)) if isinstance(data, bytes | bytearray) else 0
     if not side or shape != (CHANNELS, side, side):
-        raise UserError(f"{where}: an array {shape!r:.80}, expected ({CHANNELS}, H, H) with its values")
+        # Written out only where it is short: a tuple can hold itself over and over.
+        plain = isinstance(shape, tuple) and len(shape) < 9 and all(type(n) is int for n in shape)
+        found = f"an array {shape!r:.80}" if plain else "an array of no shape"
+        raise UserError(f"{where}: {found}, expected ({CHANNELS}, H, H) with its values")
     return np.frombuffer(data, "<f4").reshape((CHANNELS, side, side), order=order)
