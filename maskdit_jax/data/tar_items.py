@@ -181,7 +181,9 @@ def _unpickle(pickled: bytes, where: str) -> np.ndarray:
         for opcode, argument, _ in pickletools.genops(pickled):
             # Hashing a tuple that holds itself over and over takes for ever; a place in the memo takes
             # memory for all places before it.
-            if opcode.name in HASHING or (opcode.name.endswith("PUT") and int(argument) > MAX_MEMO):
+            if opcode.name in HASHING or (
+                opcode.name.endswith("PUT") and isinstance(argument, int) and argument > MAX_MEMO
+            ):
                 raise UserError(f"{where}: its pickle has {opcode.name}, which no array needs")
         return _array(_ArraysOnly(pickled, where).load(), where)
     except UserError:
