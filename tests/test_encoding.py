@@ -2,9 +2,11 @@
 
 import io
 import json
+import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +20,13 @@ import torch
 from diffusers import AutoencoderKL as TorchAutoencoder
 from PIL import Image
 
-from maskdit_jax import load_autoencoder
+from maskdit_jax import Autoencoder, load_autoencoder
+from maskdit_jax.data.encoding import Encoding, encode_images
 from maskdit_jax.data.image_sets import open_image_set
 from maskdit_jax.data.images import centre_square, to_float
 from maskdit_jax.data.shards import open_shards
+from maskdit_jax.errors import UserError
+from maskdit_jax.log import log
 
 ROOT = Path(__file__).parent.parent
 RESOLUTION = 32
@@ -64,7 +69,131 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
+def autoencoder(vae) -> Autoencoder:
+    return load_autoencoder(vae)
+
+
+HOW = Encoding(RESOLUTION, shard_size=8, batch_size=4, num_threads=2)
+
+
+def encode_here(folder: Path, autoencoder: Autoencoder, out: Path, how: Encoding = HOW) -> None:
+    encode_images(open_image_set(f"folder:{folder}"), autoencoder, out, how, source=f"folder:{folder}")
+
+
+@pytest.fixture(scope="module")
+def encoded(folder, autoencoder, tmp_path_factory) -> tuple[Path, str]:
+    """The images encoded in this process, and what was said."""
+    out, said = tmp_path_factory.mktemp("encoded") / "latents", io.StringIO()
+    handler, level = logging.StreamHandler(said), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    encode_here(folder, autoencoder, out)
+    log.removeHandler(handler)
+    log.setLevel(level)
+    return out, said.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def test_moments_are_the_autoencoders_of_image_and_mirror_image(encoded, folder, autoencoder):
+    metadata, shards = open_shards(encoded[0])
+    assert [len(s.labels) for s in shards] == [7, 8, 8, 8, 8, 8, 8, 3]
+    images = open_image_set(f"folder:{folder}")
+    readable = [i for i in range(60) if not images.name(i).endswith(("ant/07.jpg", "bee/28.jpg"))]
+    squares = np.stack([centre_square(images.load(i)[0], RESOLUTION) for i in readable])
+    moments = np.concatenate([s.moments for s in shards])
+    assert moments.dtype == np.float16
+    for view, pixels in enumerate((squares, squares[:, :, ::-1])):
+        expected = autoencoder.encode(to_float(pixels))
+        np.testing.assert_allclose(moments[:, view].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    labels = np.concatenate([s.labels for s in shards])
+    np.testing.assert_array_equal(labels, [images.load(i)[1] for i in readable])
+    stats = metadata["stats"]
+    assert stats["count_per_class"] == {"0": 30, "1": 28}
+    assert [Path(name).name for name in stats["skipped"]] == ["07.jpg", "28.jpg"]
+    assert metadata["autoencoder"] == autoencoder.sha256
+
+
+def test_progress_and_corrupt_images_are_reported(encoded):
+    said = encoded[1]
+    assert re.search(r"warning: skipped .*ant/07\.jpg: not a readable image", said)
+    assert re.search(r"60 images · [\d,.]+ images/s · 0m00s left", said)
+    assert re.search(
+        r"encoded 58 images, each with its mirror image, to .*: 8 shards, 2 images skipped", said
+    )
+
+
+def test_altered_shard_and_one_with_a_damaged_report_are_made_again(
+    encoded, folder, autoencoder, tmp_path, messages, caplog
+):
+    out = copied(encoded[0], tmp_path / "latents")
+    shards = sorted(out.glob("*.moments.npy"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-3])
+    (out / "shard-00003-of-00008.json").write_text('{"sha256": [1]}')
+    encode_here(folder, autoencoder, out)
+    assert "6 of 8 shards are complete and sound" in caplog.messages
+    assert contents(out) == contents(encoded[0])
+
+
+DAMAGED_SETTINGS = {
+    "no JSON": b"hello",
+    "binary": b"\xff\x00",
+    "empty": b"",
+    "a list": b"[]",
+    "nested": b"[" * 10**5,
+    "other types": b'{"resolution": [], "batch_size": null}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_SETTINGS.values(), ids=DAMAGED_SETTINGS)
+def test_damaged_settings_of_an_encoding_are_refused_in_one_line(
+    encoded, folder, autoencoder, damage, tmp_path
+):
+    out = copied(encoded[0], tmp_path / "latents")
+    (out / "encoding.json").write_bytes(damage)
+    before = contents(out)
+    with pytest.raises(UserError, match="choose a new folder") as refused:
+        encode_here(folder, autoencoder, out)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 700
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 64}, "holds another encoding: resolution=64 here, 32 there"),
+        ({"resolution": 30}, "resolution=30 must be a multiple of 8"),
+        ({"part": (2, 2)}, "part=2/2: expected I/N"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; known: float16, float32"),
+    ],
+)
+def test_another_encoding_and_settings_that_cannot_be_are_refused(
+    encoded, folder, autoencoder, changes, message
+):
+    before = contents(encoded[0])
+    with pytest.raises(UserError, match=message):
+        encode_here(folder, autoencoder, encoded[0], HOW._replace(**changes))
+    assert contents(encoded[0]) == before
+
+
+def test_too_many_corrupt_images_end_an_encoding(folder, autoencoder, tmp_path):
+    with pytest.raises(UserError, match="1 image cannot be read, more than max_corrupt=0: mend or remove"):
+        encode_here(folder, autoencoder, tmp_path / "latents", HOW._replace(max_corrupt=0))
+    assert not (tmp_path / "latents/metadata.json").exists()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     return inherited | {
         "PYTHONPATH": str(ROOT),
@@ -83,47 +212,13 @@ def execute(command: list[str], environment: dict[str, str]) -> subprocess.Compl
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(folder, vae, environment, tmp_path_factory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("encoded") / "latents"
-    done = execute(encode(f"folder:{folder}", vae, out), environment)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def test_moments_are_the_autoencoders_of_image_and_mirror_image(uninterrupted, folder, vae):
-    metadata, shards = open_shards(uninterrupted[0])
-    assert [len(s.labels) for s in shards] == [7, 8, 8, 8, 8, 8, 8, 3]
-    images, autoencoder = open_image_set(f"folder:{folder}"), load_autoencoder(vae)
-    readable = [i for i in range(60) if not images.name(i).endswith(("ant/07.jpg", "bee/28.jpg"))]
-    squares = np.stack([centre_square(images.load(i)[0], RESOLUTION) for i in readable])
-    moments = np.concatenate([s.moments for s in shards])
-    assert moments.dtype == np.float16
-    for view, pixels in enumerate((squares, squares[:, :, ::-1])):
-        expected = autoencoder.encode(to_float(pixels))
-        np.testing.assert_allclose(moments[:, view].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
-    labels = np.concatenate([s.labels for s in shards])
-    np.testing.assert_array_equal(labels, [images.load(i)[1] for i in readable])
-    stats = metadata["stats"]
-    assert stats["count_per_class"] == {"0": 30, "1": 28}
-    assert [Path(name).name for name in stats["skipped"]] == ["07.jpg", "28.jpg"]
-    assert metadata["autoencoder"] == autoencoder.sha256
-
-
-def test_progress_and_corrupt_images_are_reported(uninterrupted):
-    out = uninterrupted[1]
-    assert re.search(r"warning: skipped .*ant/07\.jpg: not a readable image", out)
-    assert re.search(r"60 images · [\d,.]+ images/s · 0m00s left", out)
-    assert re.search(r"encoded 58 images, each with its mirror image, to .*: 8 shards, 2 images skipped", out)
-
-
-def test_killed_five_times_ends_with_the_same_bytes(uninterrupted, folder, vae, environment, tmp_path):
+@pytest.mark.processes
+def test_killed_five_times_ends_with_the_same_bytes(folder, vae, environment, tmp_path):
     """SIGKILL at random moments after work has begun; the parts of two processes in one folder."""
-    rng, out = random.Random(0), tmp_path / "latents"
+    rng, out, whole = random.Random(0), tmp_path / "latents", tmp_path / "uninterrupted"
+    done = execute(encode(f"folder:{folder}", vae, whole), environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"encoded 58 images, .*: 8 shards, 2 images skipped, latents rms [\d.]+\n$", done.stdout)
     for attempt in range(5):
         command = encode(f"folder:{folder}", vae, out, f"--part={attempt % 2}/2")
         process = subprocess.Popen(
@@ -138,40 +233,10 @@ def test_killed_five_times_ends_with_the_same_bytes(uninterrupted, folder, vae, 
     for part in (0, 1):
         done = execute(encode(f"folder:{folder}", vae, out, f"--part={part}/2"), environment)
         assert done.returncode == 0, done.stderr
-    expected, found = contents(uninterrupted[0]), contents(out)
+    expected, found = contents(whole), contents(out)
     assert {name for name in found if not name.endswith(".partial")} == expected.keys()
     for name, content in expected.items():
         assert found[name] == content, name
-
-
-def test_altered_shard_is_made_again(uninterrupted, folder, vae, environment, tmp_path):
-    out = tmp_path / "latents"
-    out.mkdir()
-    for name, content in contents(uninterrupted[0]).items():
-        (out / name).write_bytes(content)
-    shard = next(out.glob("*.moments.npy"))
-    shard.write_bytes(shard.read_bytes()[:-3])
-    done = execute(encode(f"folder:{folder}", vae, out), environment)
-    assert "7 of 8 shards are complete and sound" in done.stdout
-    assert contents(out) == contents(uninterrupted[0])
-
-
-def test_another_encoding_too_many_corrupt_images_and_bad_flags_are_refused(
-    uninterrupted, folder, vae, environment, tmp_path
-):
-    out = uninterrupted[0]
-    before = contents(out)
-    for flags, message in (
-        ([f"--out={out}", "--resolution=64"], "holds another encoding: resolution=64 here, 32 there"),
-        ([f"--out={tmp_path / 'a'}", "--resolution=30"], "resolution=30 must be a multiple of 8"),
-        ([f"--out={tmp_path / 'b'}", "--part=2/2"], "part=2/2: expected I/N"),
-        ([f"--out={tmp_path / 'c'}", "--max_corrupt=0"], "1 images cannot be read, more than max_corrupt=0"),
-    ):
-        done = execute(encode(f"folder:{folder}", vae, out, *flags), environment)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-        assert message in done.stderr
-    assert contents(out) == before
 
 
 def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -196,6 +261,8 @@ def write_imagenet_archives(folder: Path, synsets: list[str]) -> None:
             add_to_tar(archive, f"ILSVRC2012_val_{i:08d}.JPEG", jpeg(rng))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_rehearsal_from_imagenets_archives_to_sampled_pngs(vae, environment, tmp_path):
     """The real TFDS imagenet2012 builder → encode → main on in256 → resume → sample → decode → PNG."""
     synsets = ["n01440764", "n01443537", "n15075141"]
@@ -232,6 +299,7 @@ def test_rehearsal_from_imagenets_archives_to_sampled_pngs(vae, environment, tmp
     assert json.loads((tmp_path / "in256/stats.json").read_text())["num_images"] == 15
 
 
+@pytest.mark.processes
 def test_tfds_without_its_archives_says_where_they_belong(vae, environment, tmp_path):
     environment = environment | {"TFDS_DATA_DIR": str(tmp_path / "tfds")}
     done = execute(encode("tfds:imagenet2012", vae, tmp_path / "in256"), environment)

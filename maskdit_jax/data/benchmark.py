@@ -22,7 +22,7 @@ def write_synthetic_shards(folder: Path, num_images: int, shard_size: int = 4096
         count = min(shard_size, num_images - i * shard_size)
         moments = rng.standard_normal((count, 2, 32, 32, 8), np.float32).astype(np.float16)
         write_shard(folder, name, moments, rng.integers(0, 1000, count))
-    reports = [read_report(folder, name, verify=False) for name in names]
+    reports = [report for name in names if (report := read_report(folder, name, verify=False))]
     finish_shards(folder, reports, num_classes=1000, latent_scale=0.18215, about={"source": "synthetic"})
 
 

@@ -5,22 +5,22 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from maskdit_jax.data.autoencoder import Autoencoder
 from maskdit_jax.data.image_sets import ImageSet
 from maskdit_jax.data.images import centre_square, to_float
-from maskdit_jax.data.shards import METADATA, finish_shards, read_report, shard_names, write_shard
-from maskdit_jax.errors import UserError
-from maskdit_jax.files import appears_whole
-from maskdit_jax.log import duration, log
+from maskdit_jax.data.shards import DTYPES, METADATA, finish_shards, read_report, shard_names, write_shard
+from maskdit_jax.errors import UserError, printable
+from maskdit_jax.files import appears_whole, read_json
+from maskdit_jax.log import counted, duration, log
 
 SETTINGS = "encoding.json"
-DTYPES = ("float16", "float32")
 BATCHES_AHEAD = 2
 SECONDS_BETWEEN_REPORTS = 10
 
@@ -76,18 +76,26 @@ def encode_images(
             write_shard(out, name, moments, labels, skipped=skipped)
             corrupt += len(skipped)
             if corrupt > how.max_corrupt:
-                raise UserError(f"{corrupt} images cannot be read, more than max_corrupt={how.max_corrupt}")
-    reports = [read_report(out, name, verify=False) for name in names]
-    missing = sum(report is None for report in reports)
+                raise UserError(
+                    f"{counted(corrupt, 'image')} cannot be read, more than max_corrupt={how.max_corrupt}: "
+                    "mend or remove what the warnings name, or give a larger --max_corrupt"
+                )
+    reports = [report for name in names if (report := read_report(out, name, verify=False))]
+    missing = len(names) - len(reports)
     if missing:
-        log.info(f"part {index}/{count} is complete; {missing} of {len(names)} shards are other processes'")
+        are = "is" if missing == 1 else "are"
+        log.info(
+            f"part {index}/{count} is complete; {missing} of {counted(len(names), 'shard')} {are} left for "
+            " other processes"
+        )
         return
     stats = finish_shards(
         out, reports, num_classes=len(images.classes), latent_scale=autoencoder.latent_scale, about=about
     )
     log.info(
-        f"encoded {stats['num_images']:,} images, each with its mirror image, to {out}: {len(names)} shards, "
-        f"{len(stats['skipped'])} images skipped, latents rms {stats['latents_rms']:.3f}"
+        f"encoded {counted(stats['num_images'], 'image')}, each with its mirror image, to {printable(out)}: "
+        f"{counted(len(names), 'shard')}, {counted(len(stats['skipped']), 'image')} skipped, "
+        f"latents rms {stats['latents_rms']:.3f}"
     )
 
 
@@ -112,8 +120,17 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{out} already holds a data set of another origin: choose a new folder")
         with appears_whole(file) as partial:
             partial.write_text(json.dumps(settings, indent=1))
-    found = json.loads(file.read_text())
-    differences = [f"{k}={v} here, {found.get(k)} there" for k, v in settings.items() if found.get(k) != v]
+    try:
+        found = read_json(file)
+    except UserError as error:
+        raise UserError(
+            f"{error}; choose a new folder, or remove that file if {out} is of this encoding"
+        ) from error
+    differences = [
+        f"{name}={value} here, {found.get(name)!s:.80} there"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
     if differences:
         raise UserError(f"{out} holds another encoding: {'; '.join(differences)}; choose a new folder")
 
@@ -139,7 +156,7 @@ def _encode(
             both = np.stack([view for square, _ in good for view in (square, square[:, ::-1])])
             # Filled up, so that there is one program, and an image gets the same bits in any batch.
             filled = both[np.arange(2 * how.batch_size) % len(both)]
-            encoded = np.asarray(autoencoder.encode(to_float(filled)))[: len(both)]
+            encoded = np.asarray(autoencoder.encode(jnp.asarray(to_float(filled))))[: len(both)]
             moments.append(encoded.astype(how.dtype).reshape(len(good), 2, *encoded.shape[1:]))
             labels += [label for _, label in good]
         progress.add(len(batch))
@@ -157,7 +174,7 @@ def _decoded(images: ImageSet, items: range, how: Encoding, pool: ThreadPoolExec
             log.warning(f"warning: skipped {error}")
             return item, None, -1
 
-    waiting = collections.deque()
+    waiting: collections.deque[list[Future]] = collections.deque()
     for start in range(0, len(items), how.batch_size):
         waiting.append([pool.submit(decode, item) for item in items[start : start + how.batch_size]])
         if len(waiting) > BATCHES_AHEAD:
@@ -180,4 +197,4 @@ class _Progress:
             self._reported = now
             speed = self._done / (now - self._started)
             left = duration(self._left / speed)
-            log.info(f"{self._done:,} images · {speed:,.1f} images/s · {left} left")
+            log.info(f"{counted(self._done, 'image')} · {speed:,.1f} images/s · {left} left")

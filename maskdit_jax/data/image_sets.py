@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from maskdit_jax.data.images import decode_image
+from maskdit_jax.data.images import MAX_FILE_BYTES, decode_image
 from maskdit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ class ImageSet(Protocol):
 
 
 class Folder:
-    """A sub-folder for each class, classes in the order of their names; or images alone, without classes."""
+    """A sub-folder for each class, classes in the order of their names; or images alone, without classes.
+
+    Photographs that the camera says were taken sideways are turned upright.
+    """
 
     def __init__(self, path: str):
         root = Path(path)
@@ -41,7 +44,10 @@ class Folder:
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         flat = _images_in(root)
         if self.classes and flat:
-            raise UserError(f"folder:{path} has both images ({flat[0].name}) and sub-folders: which is it?")
+            raise UserError(
+                f"folder:{path} has both images ({flat[0].name}) and sub-folders ({self.classes[0]}): move "
+                "the images into the sub-folders of their classes, or the sub-folders elsewhere"
+            )
         by_class = [_images_in(root / name, deep=True) for name in self.classes] or [flat]
         empty = [name for name, files in zip(self.classes, by_class) if not files]
         if empty or (not flat and not self.classes):
@@ -59,8 +65,14 @@ class Folder:
         return str(self._files[index])
 
     def load(self, index: int) -> "tuple[Image, int]":
-        image = decode_image(self._files[index].read_bytes(), self.name(index))
-        return image, int(self._labels[index])
+        file = self._files[index]
+        try:
+            if (size := file.stat().st_size) > MAX_FILE_BYTES:
+                raise UserError(f"{file}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image")
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        return decode_image(content, self.name(index)), int(self._labels[index])
 
 
 class Tfds:
@@ -68,7 +80,8 @@ class Tfds:
 
     The first use downloads and prepares it under TFDS_DATA_DIR, in random-access files; archives that
     must be fetched by hand (ImageNet) are looked for in TFDS_DATA_DIR/downloads/manual. Preparing
-    imports TensorFlow, reading does not.
+    imports TensorFlow, reading does not. Images are not turned by what EXIF says, as TensorFlow's own
+    decoder and the published preparations of ImageNet do not turn them.
     """
 
     def __init__(self, name: str):
@@ -81,7 +94,7 @@ class Tfds:
         except tfds.core.registered.DatasetNotFoundError as error:
             raise UserError(f"tfds:{name}: tensorflow_datasets knows no such data set") from error
         except Exception as error:  # every data set has its own ways to fail
-            reason = " ".join(str(error).split())[:300] or repr(error)
+            reason = " ".join(str(error).split())[:300] or repr(error)  # what to do is in its later lines
             raise UserError(f"tfds:{name} cannot be prepared or read: {reason}") from error
         features = builder.info.features
         if "image" not in features:
@@ -97,7 +110,7 @@ class Tfds:
 
     def load(self, index: int) -> "tuple[Image, int]":
         item = self._items[index]
-        image = decode_image(item["image"], self.name(index))
+        image = decode_image(item["image"], self.name(index), upright=False)
         return image, int(item["label"]) if self.classes else -1
 
 
@@ -114,7 +127,7 @@ def open_image_set(name: str) -> ImageSet:
       UserError: unknown, empty or not prepared.
     """
     kind, _, rest = name.partition(":")
-    kinds = {"folder": Folder, "tfds": Tfds}
+    kinds: dict[str, type[Folder] | type[Tfds]] = {"folder": Folder, "tfds": Tfds}
     if kind not in kinds or not rest:
         raise UserError(f"source {name!r} is unknown; known: folder:PATH, tfds:NAME")
     return kinds[kind](rest)

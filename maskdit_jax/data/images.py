@@ -1,48 +1,98 @@
 """Images in and out: files to square arrays, float images to uint8, PNG files, grids."""
 
+import functools
 import io
+import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MIN_SIDE = 8
-MAX_PIXELS = 100_000_000  # ImageNet's largest image has 17 million
+MAX_PIXELS = 110_000_000  # a medium-format camera makes 102 million
+# Resized to a short side of s, an image takes up to 4·MAX_ASPECT·s² bytes: 26 MB at 256, 0.4 GB at 1024.
+MAX_ASPECT = 100
+MAX_FILE_BYTES = 2**29  # above what MAX_PIXELS take without compression
+# Not all that Pillow knows: some of its formats run other programs, whatever the name of the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-def decode_image(content: bytes, name: str):
-    """A JPEG, PNG or WebP file as a PIL image in RGB; `name` is for messages.
-
-    CMYK, palettes and grey become RGB, transparency is dropped, 16 bits per channel become 8.
-
-    Raises:
-      UserError: damaged, animated, too small or too large (checked before anything is decoded).
-    """
+@functools.cache
+def _pillow() -> ModuleType:
     from PIL import Image  # the core of the package runs without Pillow
 
+    # Of sizes `decode_image` judges itself; damaged EXIF beside a sound picture is nobody's concern.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image
+
+
+def decode_image(content: bytes, name: str, *, upright: bool = True) -> "Image":
+    """A JPEG, PNG, WebP, GIF or BMP file as a PIL image in RGB, as a viewer shows it; `name` is for messages.
+
+    Grey, palettes, one bit and CMYK (inverted, as Adobe writes it) become RGB; of 16 bits per channel
+    the upper 8 stay; what is transparent is laid over white; colour profiles are not applied. Of the
+    several pictures in one photograph (MPO: previews, the second eye) the first is taken, but an
+    animation is no photograph and is refused.
+
+    upright: turn the picture as the camera says in EXIF that it was held. ADM and others have prepared
+    ImageNet without turning.
+
+    Raises:
+      UserError: damaged, animated, too small, too large or too narrow (checked before it is decoded).
+    """
+    from PIL import UnidentifiedImageError
+
+    Image = _pillow()
     try:
-        image = Image.open(io.BytesIO(content))
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UserError(
-                f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?"
-            )
-        if min(width, height) < MIN_SIDE:
-            raise UserError(f"{name}: {width}×{height} pixels, fewer than {MIN_SIDE} on a side")
-        if getattr(image, "n_frames", 1) > 1:
-            raise UserError(f"{name}: animated, {image.n_frames} frames; expected one image")
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check(image, name)
+        if upright:
+            image = _turned(image)
         if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 8
             high_bytes = np.asarray(image).astype(np.int64) >> 8
             image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise many kinds
-        raise UserError(f"{name}: not a readable image ({error})") from error
+        raise UserError(f"{name}: not a readable image ({first_line(error, 150)})") from error
 
 
-def centre_square(image, size: int) -> np.ndarray:
+def _check(image: "Image", name: str) -> None:
+    """What the header of a file says."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
+    if min(width, height) < MIN_SIDE:
+        raise UserError(f"{name}: {width}×{height} pixels, fewer than {MIN_SIDE} on a side")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"{name}: {width}×{height} pixels, one side more than {MAX_ASPECT} times the other")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise UserError(f"{name}: animated; expected one image")
+
+
+def _turned(image: "Image") -> "Image":
+    from PIL import ImageOps
+
+    try:
+        image.getexif()
+    except Exception:  # EXIF may be damaged in any way, and tells no direction then
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def centre_square(image: "Image", size: int) -> np.ndarray:
     """The middle of a PIL image as uint8 [size, size, 3], as ADM prepares ImageNet.
 
     Halved by averaging while the short side is at least twice `size`, then resized by bicubic
@@ -53,7 +103,7 @@ def centre_square(image, size: int) -> np.ndarray:
     return array[top : top + size, left : left + size]
 
 
-def random_square(image, size: int, rng: np.random.Generator, max_zoom: float) -> np.ndarray:
+def random_square(image: "Image", size: int, rng: np.random.Generator, max_zoom: float) -> np.ndarray:
     """A random square of a PIL image as uint8 [size, size, 3]: resized to a random short side of `size` …
     `max_zoom`·`size`, then cropped anywhere."""
     short = round(size * rng.uniform(1, max_zoom))
@@ -62,14 +112,14 @@ def random_square(image, size: int, rng: np.random.Generator, max_zoom: float) -
     return array[top : top + size, left : left + size]
 
 
-def _resize_short_side(image, size: int) -> np.ndarray:
-    from PIL import Image
-
+def _resize_short_side(image: "Image", size: int) -> np.ndarray:
+    # Whole, and cropped afterwards: Pillow's resize of a part alone gives other bits.
+    resampling = _pillow().Resampling
     while min(image.size) >= 2 * size:
-        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize([max(round(side * scale), size) for side in image.size], Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    width, height = (max(round(side * scale), size) for side in image.size)
+    return np.asarray(image.resize((width, height), resampling.BICUBIC))
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

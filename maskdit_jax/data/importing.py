@@ -8,10 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from maskdit_jax.data.published import INPUTS, READERS, Items
-from maskdit_jax.data.shards import METADATA, STATS, finish_shards, read_report, shard_names, write_shard
-from maskdit_jax.errors import UserError
-from maskdit_jax.log import log
+from maskdit_jax.data import lmdb_items, tar_items
+from maskdit_jax.data.published import Items
+from maskdit_jax.data.shards import (
+    METADATA,
+    PARTS,
+    STATS,
+    finish_shards,
+    load_array,
+    read_report,
+    shard_names,
+    write_shard,
+)
+from maskdit_jax.errors import UserError, printable
+from maskdit_jax.log import counted, log
+
+READERS = {"lmdb": lmdb_items.lmdb_items, "webdataset": tar_items.tar_items}
+INPUTS = {"lmdb": lmdb_items.INPUT, "webdataset": tar_items.INPUT}
 
 
 def import_latents(
@@ -56,8 +69,8 @@ def import_latents(
     with _written(out):
         stats = finish_shards(out, reports, num_classes=num_classes, latent_scale=latent_scale, about=about)
     log.info(
-        f"imported {len(records):,} images ({written:,} views) from {input} to {out}: "
-        f"{len(reports):,} shards, latents rms {stats['latents_rms']:.2f}"
+        f"imported {counted(len(records), 'image')} ({counted(written, 'view')}) from {printable(input)} to "
+        f"{printable(out)}: {counted(len(reports), 'shard')}, latents rms {stats['latents_rms']:.2f}"
     )
     return stats
 
@@ -69,9 +82,10 @@ def _records(items: Items, source: Path, *, num_classes: int, flips: bool) -> np
         raise UserError(f"{source} holds no items")
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if outside.size:
+        more = f"; so are {counted(outside.size - 1, 'other')}" if outside.size > 1 else ""
         raise UserError(
             f"{items.where(outside[0])}: class {labels[outside[0]]} is outside 0 … {num_classes - 1} "
-            f"(num_classes={num_classes}), as are {outside.size - 1:,} others"
+            f"(num_classes={num_classes}){more}"
         )
     numbers = np.arange(len(labels))
     if not flips:
@@ -97,7 +111,7 @@ def _write_shards(items: Items, records: np.ndarray, out: Path, shard_size: int)
     starts = range(0, len(records), shard_size)
     names = shard_names(len(starts))
     _check_folder(out, names)
-    shape = items.read(0).shape
+    shape = next(items.read(records[:1, 0])).shape
     reports = []
     for name, start in zip(names, starts):
         part = records[start : start + shard_size]
@@ -142,12 +156,13 @@ def _check_folder(out: Path, names: list[str]) -> None:
 def _moments(items: Items, records: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Moments [n, views, H, W, 8] float32 of records [n, views]; every item must be of `shape` [8, H, W]."""
     moments = np.empty((*records.shape, *shape[1:], shape[0]), np.float32)
-    for place, number in np.ndenumerate(records):
-        item = items.read(number)
+    for (place, number), item in zip(np.ndenumerate(records), items.read(records.ravel()), strict=True):
         if item.shape != shape:
             raise UserError(f"{items.where(number)}: {list(item.shape)}, but item 0 is {list(shape)}")
         if not np.isfinite(item).all():
-            log.warning(f"{items.where(number)}: not all of its values are finite; imported as it is")
+            log.warning(
+                f"{printable(items.where(number))}: not all of its values are finite; imported as it is"
+            )
         moments[place] = item.transpose(1, 2, 0)
     return moments
 
@@ -160,7 +175,7 @@ def _report(out: Path, name: str, labels: np.ndarray, first: np.ndarray) -> dict
     report = read_report(out, name)
     if report is None:
         return None
-    found = [np.load(out / f"{name}.{part}.npy", mmap_mode="r") for part in ("moments", "labels")]
+    found = [load_array(out / f"{name}.{part}.npy") for part in PARTS]
     same = found[0].shape == (len(labels), *first.shape[1:]) and found[0].dtype == first.dtype
     # As bytes: a NaN is itself, too.
     if not (same and np.array_equal(found[1], labels) and found[0][:1].tobytes() == first.tobytes()):

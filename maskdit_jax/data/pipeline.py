@@ -71,7 +71,7 @@ def to_devices(
     host_batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
     """Global arrays of the batches, `ahead` of them sent before they are asked for."""
-    queue = collections.deque()
+    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
     for batch in host_batches:
         with jax.transfer_guard("allow"):  # these copies are meant; a guard set outside is for others
             queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})

@@ -12,6 +12,7 @@ each, `metadata.json`, which lists them, and `stats.json`. To open one with nump
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,11 @@ import numpy as np
 
 from maskdit_jax.data.latents import LOGVAR_RANGE
 from maskdit_jax.errors import UserError
-from maskdit_jax.files import appears_whole
+from maskdit_jax.files import appears_whole, read_json
 
 METADATA, STATS = "metadata.json", "stats.json"
+DTYPES = ("float16", "float32")
+PARTS = ("moments", "labels")
 
 
 class Shard(NamedTuple):
@@ -46,34 +49,64 @@ def write_shard(
     that has one is complete.
     """
     labels = np.asarray(labels, np.int32)
+    sha256 = {}
+    for part, array in zip(PARTS, (moments, labels), strict=True):
+        file = folder / f"{name}.{part}.npy"
+        with appears_whole(file) as partial, partial.open("wb") as out:
+            np.save(out, np.ascontiguousarray(array))
+        sha256[part] = _sha256(file)
     report = {
         "name": name,
         "num_records": len(labels),
         "skipped": list(skipped),
-        "sha256": {},
+        "sha256": sha256,
         "statistics": _statistics(moments, labels),
     }
-    for part, array in (("moments", moments), ("labels", labels)):
-        file = folder / f"{name}.{part}.npy"
-        with appears_whole(file) as partial, partial.open("wb") as out:
-            np.save(out, np.ascontiguousarray(array))
-        report["sha256"][part] = _sha256(file)
     with appears_whole(folder / f"{name}.json") as partial:
         partial.write_text(json.dumps(report))
 
 
 def read_report(folder: Path, name: str, verify: bool = True) -> dict[str, Any] | None:
-    """The report of a shard; None when it is incomplete or its files are not those that were written.
+    """The report of a shard; None when it is missing or damaged, or the files are not those written.
 
-    Without `verify` the files themselves are not read.
+    Without `verify` the files themselves are not read. A shard without a sound report is made again.
     """
     try:
-        report = json.loads((folder / f"{name}.json").read_text())
-        parts = report["sha256"].items() if verify else ()
-        sound = all(_sha256(folder / f"{name}.{part}.npy") == sha for part, sha in parts)
-    except (OSError, ValueError, KeyError):
+        report = read_json(folder / f"{name}.json")
+        files = {part: folder / f"{name}.{part}.npy" for part in PARTS}
+        sound = _is_report(report, name) and all(file.is_file() for file in files.values())
+        if sound and verify:
+            sound = all(_sha256(file) == report["sha256"][part] for part, file in files.items())
+    except (OSError, UserError):
         return None
     return report if sound else None
+
+
+def _is_report(report: dict[str, Any], name: str) -> bool:
+    """Whether it has the form that `write_shard` gives it."""
+    match report:
+        case {
+            "name": str(found),
+            "num_records": int(count),
+            "skipped": [*skipped],
+            "sha256": {"moments": str(), "labels": str()},
+            "statistics": {
+                "values": int(values),
+                "sum": [*sums],
+                "sum_of_squares": [*squares],
+                "count_per_class": dict(classes),
+            },
+        }:
+            return (
+                found == name
+                and 0 <= count <= values < 2**63  # as many values as images, at least
+                and all(isinstance(image, str) for image in skipped)
+                and len(sums) == len(squares)
+                and all(isinstance(number, float) for number in sums + squares)
+                and all(re.fullmatch(r"-?\d{1,9}", label, re.ASCII) for label in classes)
+                and all(isinstance(number, int) for number in classes.values())
+            )
+    return False
 
 
 def finish_shards(
@@ -91,6 +124,16 @@ def finish_shards(
     reports = [report for report in reports if report["num_records"]]
     if not reports:
         raise UserError(f"{folder}: no image could be read, so there is no data set")
+    moments = load_array(folder / f"{reports[0]['name']}.moments.npy")
+    if moments.ndim != 5:
+        raise UserError(f"{folder / reports[0]['name']}.moments.npy is {list(moments.shape)}, not moments")
+    _, views, image_size, _, channels2 = moments.shape
+    for report in reports:
+        if len(report["statistics"]["sum"]) != channels2 // 2:
+            raise UserError(
+                f"{folder / report['name']}.json is not of {channels2 // 2} channels: remove it; the command "
+                "makes its shard again"
+            )
     total = {
         name: np.sum([report["statistics"][name] for report in reports], axis=0)
         for name in ("values", "sum", "sum_of_squares")
@@ -101,19 +144,19 @@ def finish_shards(
             count_per_class[label] = count_per_class.get(label, 0) + count
     mean = total["sum"] / total["values"]
     second = total["sum_of_squares"] / total["values"]
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite have been warned of
+        deviation = np.sqrt(second - mean**2)
     stats = {
         "num_images": sum(report["num_records"] for report in reports),
         "count_per_class": dict(sorted(count_per_class.items(), key=lambda item: int(item[0]))),
         "latent_scale": latent_scale,
         "latents_mean": (latent_scale * mean).tolist(),
-        "latents_std": (latent_scale * np.sqrt(second - mean**2)).tolist(),
+        "latents_std": (latent_scale * deviation).tolist(),
         "latents_rms": float(latent_scale * np.sqrt(second.mean())),
         "raw_latents_rms": float(np.sqrt(second.mean())),
         "skipped": [name for report in reports for name in report["skipped"]],
         **about,
     }
-    moments = _load(folder / f"{reports[0]['name']}.moments.npy")
-    _, views, image_size, _, channels2 = moments.shape
     metadata = {
         "image_size": image_size,
         "channels": channels2 // 2,
@@ -142,40 +185,82 @@ def open_shards(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
             f"data.source: no latents in '{folder}' ({METADATA} is missing); make them with "
             f"python tools/encode_latents.py --source=tfds:imagenet2012 --vae=DIR --out={folder}"
         )
-    try:
-        metadata = json.loads((path / METADATA).read_text())
-        side, channels = metadata["image_size"], metadata["channels"]
-        item_shape = (metadata["views"], side, side, 2 * channels)
-        listed = [(shard["name"], shard["num_records"]) for shard in metadata["shards"]]
-        dtype, num_classes = np.dtype(metadata["dtype"]), metadata["num_classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.source: {path / METADATA} is damaged: {error!r}") from error
-    metadata["stats"] = json.loads((path / STATS).read_text()) if (path / STATS).is_file() else {}
+    metadata = read_json(path / METADATA)
+    listed, item_shape = _check_metadata(path / METADATA, metadata)
+    dtype, num_classes = metadata["dtype"], metadata["num_classes"]
+    metadata["stats"] = read_json(path / STATS) if (path / STATS).exists() else {}
+    rms = metadata["stats"].get("raw_latents_rms")
+    if rms is not None and not isinstance(rms, float):
+        raise UserError(f"{path / STATS} is damaged: raw_latents_rms={rms!r:.40}, expected a number")
     shards = []
-    for name, num_records in listed:
-        moments, labels = (_load(path / f"{name}.{part}.npy") for part in ("moments", "labels"))
+    for name, num_records in listed.items():
+        moments, labels = (load_array(path / f"{name}.{part}.npy") for part in PARTS)
         expected = (num_records, *item_shape)
         if moments.shape != expected or moments.dtype != dtype or labels.shape != (num_records,):
             raise UserError(
-                f"data.source: {path / name}.moments.npy is {moments.dtype.name} {list(moments.shape)} with "
-                f"{list(labels.shape)} labels, expected {dtype.name} {list(expected)}"
+                f"data.source: {path / name}.moments.npy is {moments.dtype!s:.40} {list(moments.shape)!s:.80}"
+                f" with {list(labels.shape)!s:.40} labels, expected {dtype} {list(expected)}"
             )
-        labels = np.asarray(labels)
-        if labels.size and not (labels.min() >= -1 and labels.max() < max(num_classes, 1)):
+        if labels.dtype.kind not in "iu":
+            raise UserError(
+                f"data.source: {path / name}.labels.npy holds {labels.dtype!s:.40}, expected whole numbers"
+            )
+        if not (labels.min() >= -1 and labels.max() < max(num_classes, 1)):
             raise UserError(
                 f"data.source: {path / name}.labels.npy has labels {labels.min()} … {labels.max()}, outside "
                 f"the {num_classes} classes of {METADATA}"
             )
-        shards.append(Shard(np.asarray(moments), labels))
+        shards.append(Shard(np.asarray(moments), np.asarray(labels, np.int32)))
     return metadata, shards
 
 
-def _load(file: Path) -> np.ndarray:
+def _check_metadata(file: Path, metadata: dict[str, Any]) -> tuple[dict[str, int], tuple[int, ...]]:
+    """The shards that the metadata lists, {name: number of records}, and the shape of one record."""
+
+    def whole(within: dict[str, Any], name: str, low: int) -> int:
+        value = within.get(name)
+        if type(value) is not int or not low <= value < 2**31:
+            raise UserError(
+                f"{file} is damaged: {name}={value!r:.40}, expected a whole number of at least {low}"
+            )
+        return value
+
+    whole(metadata, "num_classes", 0)
+    views, side, channels = (whole(metadata, name, 1) for name in ("views", "image_size", "channels"))
+    if metadata.get("dtype") not in DTYPES:
+        raise UserError(
+            f"{file} is damaged: dtype={metadata.get('dtype')!r:.40}, expected {' or '.join(DTYPES)}"
+        )
+    shards = metadata.get("shards")
+    if not isinstance(shards, list) or not shards:
+        raise UserError(f"{file} is damaged: shards={shards!r:.40}, expected a list of at least one shard")
+    listed: dict[str, int] = {}
+    for shard in shards:
+        name = shard.get("name") if isinstance(shard, dict) else None
+        # A plain name: the folder of somebody else must not make us read files outside of it.
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,199}", name, re.ASCII):
+            raise UserError(
+                f"{file} is damaged: {shard!r:.80} in shards has no name of a file in this folder"
+            )
+        if name in listed:
+            raise UserError(f"{file} is damaged: it lists {name} twice")
+        listed[name] = whole(shard, "num_records", 1)
+    return listed, (views, side, side, 2 * channels)
+
+
+def load_array(file: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped; nothing in the file is unpickled.
+
+    Raises:
+      UserError: there is no such file, or it is not the whole of one array of numbers.
+    """
     try:
-        return np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        if not file.is_file():
+            raise FileNotFoundError
+        return np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # numpy reads the header as Python: damage makes it raise nearly anything
         size = file.stat().st_size if file.is_file() else 0
-        raise UserError(f"data.source: {file} is missing, cut short or damaged: {size} bytes") from error
+        raise UserError(f"data.source: {file} is missing, cut short or damaged: {size:,} bytes") from error
 
 
 def _sha256(file: Path) -> str:
@@ -185,8 +270,9 @@ def _sha256(file: Path) -> str:
 
 def _statistics(moments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Sums over the unscaled latents that the moments of view 0 describe, for each channel; float64."""
-    mean, logvar = np.split(moments[:, 0].astype(np.float64), 2, axis=-1)
-    second = mean**2 + np.exp(np.clip(logvar, *LOGVAR_RANGE))
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite have been warned of
+        mean, logvar = np.split(moments[:, 0].astype(np.float64), 2, axis=-1)
+        second = mean**2 + np.exp(np.clip(logvar, *LOGVAR_RANGE))
     classes, counts = np.unique(labels, return_counts=True)
     return {
         "values": int(mean[..., 0].size),

@@ -45,7 +45,7 @@ class Digits:
     """
 
     shape = Shape(image_size=8, channels=1, num_classes=10)
-    rms = None
+    rms: float | None = None
 
     def __init__(self, split: str = "train"):
         images, labels = _load_digits()
@@ -92,7 +92,7 @@ class LatentShards:
 class Pixels:
     """Images of an `ImageSet` as the model sees them: square, in [-1, 1], at random flipped and zoomed."""
 
-    rms = None
+    rms: float | None = None
 
     def __init__(self, images: ImageSet, *, image_size: int, seed: int, flip: bool, max_zoom: float):
         self._images, self._size, self._seed = images, image_size, seed
@@ -145,6 +145,7 @@ def open_source(
       UserError: unknown name, missing or damaged data, or another shape than the model's.
     """
     kind, _, path = name.partition(":")
+    source: Source
     if kind == "digits":
         source = Digits()
     elif kind == "latents":
