@@ -9,7 +9,13 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what, why and what to do."""
+    """Something the user asked for cannot be done; the message says what, why and what to do.
+
+    Whatever foreign names stand in it, the message is one line that any console can show.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(printable(message))
 
 
 def known(name: str, names: Iterable[str], how_many: int = 5) -> str:

@@ -3,17 +3,19 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.log import log
 
 LOCK = ".lock"
+MAX_JSON_BYTES = 2**26  # no file of ours comes near; parsed, JSON takes many times its size in memory
 
 
 @contextlib.contextmanager
@@ -86,3 +88,28 @@ def _open_lock(folder: Path) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
                 return file
         file.close()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+      UserError: there is no such file, or it holds anything else.
+    """
+    if not file.is_file():  # a pipe would let us wait for ever
+        raise UserError(f"{file}: no such file")
+    try:
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(
+                f"{file} is {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON"
+            )
+        content = json.loads(file.read_bytes())
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{file} is damaged: its lists and objects are nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {first_line(error, 120)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: it holds a {type(content).__name__}, expected a JSON object")
+    return content
