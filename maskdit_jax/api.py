@@ -109,8 +109,8 @@ class Model:
 
     def sample(
         self,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
         *,
         noise: np.ndarray | None = None,
         batch_size: int = 16,
@@ -132,24 +132,27 @@ class Model:
         Raises:
           UserError: an option, seed or label that does not exist, or noise of another shape.
         """
-        options = self.sampler_options(**options)
-        seeds, labels = _check_seeds(seeds), self.check_labels(seeds, labels)
-        if noise is not None and np.shape(noise) != (len(seeds), *self.image_shape):
-            raise UserError(f"noise has shape {np.shape(noise)}, expected {(len(seeds), *self.image_shape)}")
+        sampler = self.sampler_options(**options)
+        drawn = [_check_seeds(seeds), self.check_labels(seeds, labels)]
+        if noise is not None:
+            if np.shape(noise) != (len(seeds), *self.image_shape):
+                expected = (len(seeds), *self.image_shape)
+                raise UserError(f"noise has shape {np.shape(noise)}, expected {expected}")
+            drawn.append(noise)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         batch_size *= self.mesh.size
         images = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
-            filled = [repeat_to(x[part], batch_size) for x in (seeds, labels, noise) if x is not None]
+            filled = [np.asarray(repeat_to(x[part], batch_size)) for x in drawn]
             batch = _sample(
                 self.params,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
                 graphdef=self._graphdef,
                 sigma_data=self.config.diffusion.sigma_data,
                 image_shape=self.image_shape,
-                options=options,
+                options=sampler,
             )
             if self.autoencoder:
                 batch = self.autoencoder.decode(batch / self.config.data.latent_scale)
@@ -206,7 +209,9 @@ class Model:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen
 
-    def check_labels(self, seeds: Sequence[int], labels: Sequence[int] | None) -> np.ndarray:
+    def check_labels(
+        self, seeds: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray | None
+    ) -> np.ndarray:
         """Labels [n] int32, one for each seed: those given, checked, or the default of `sample`."""
         num_classes = self.config.model.num_classes
         if labels is None:
@@ -237,7 +242,7 @@ def _check_autoencoder(autoencoder: Autoencoder, config: ConfigDict) -> None:
         )
 
 
-def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def _check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
         raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")

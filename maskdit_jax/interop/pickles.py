@@ -9,12 +9,13 @@ import io
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from maskdit_jax.errors import UserError, first_line, shown
 
-# About five times what MaskDiT-XL/2 takes with its EMA and the state of Adam: 3,500 tensors.
+# MaskDiT-XL/2 with its EMA and the state of Adam, 1,890 tensors, takes 56,025, in 160 kB.
 MAX_OPERATIONS = 500_000
 MAX_BYTES = 2**24  # of the pickles, of the archive's directory, and of whatever in it is no tensor
 _DTYPES = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
@@ -86,7 +87,9 @@ def _read_data_pkl(file: BinaryIO, path: Path) -> bytes:
             raise UserError("refused: a TorchScript program, expected tensors by name")
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-                raise UserError(f"refused: {shown(member.filename)} in it is compressed, as PyTorch writes none")
+                raise UserError(
+                    f"refused: {shown(member.filename)} in it is compressed, as PyTorch writes none"
+                )
             if not member.filename.startswith(f"{top}/data/") and member.file_size > MAX_BYTES:
                 raise UserError(f"refused: {shown(member.filename)} in it has {member.file_size:,} bytes")
             found += member.file_size
@@ -134,7 +137,8 @@ def _check_pickle(pickle: io.BytesIO) -> None:
     stack: Stack = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
+    steps: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(pickle)
+    for number, (operation, argument, _) in enumerate(steps):
         name = operation.name
         if number > MAX_OPERATIONS:
             raise UserError(f"refused: its pickle takes more than {MAX_OPERATIONS:,} operations")
@@ -189,7 +193,9 @@ def _check_name(name: str) -> str:
 def _check_keys(keys: Stack) -> None:
     for key in keys:
         if not isinstance(key, str) or key not in _KEYS:
-            what = "a tuple" if isinstance(key, tuple) or key == "EMPTY_TUPLE" else "neither a text nor a number"
+            what = (
+                "a tuple" if isinstance(key, tuple) or key == "EMPTY_TUPLE" else "neither a text nor a number"
+            )
             raise UserError(f"refused: a key in it is {what}, expected tensors by name")
 
 

@@ -24,7 +24,7 @@ from maskdit_jax.log import log
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 HALF_PRECISION = ("float16", "bfloat16")
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# The format allows 100 MB, which as Python's lists are gigabytes; MaskDiT-XL/2 takes 50 kB.
+# The format allows 100 MB, which as Python's lists are gigabytes; MaskDiT-XL/2 takes 44 kB.
 _MAX_HEADER_BYTES = 4_000_000
 _LISTED = 3
 
@@ -90,11 +90,11 @@ def _dtype_in_header(name: str, entry: Any, path: Path) -> str:
     if not isinstance(entry, dict):
         entry = {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    whole = all(isinstance(x, list) and all(type(n) is int and 0 <= n for n in x) for x in (shape, offsets))
+    whole = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (shape, offsets))
     if not isinstance(dtype, str) or not whole:
         raise UserError(
-            f"{path} is damaged: its header says of {shown(name)} dtype {shown(dtype)}, shape {shown(shape)}, "
-            f"data_offsets {shown(offsets)}"
+            f"{path} is damaged: its header says of {shown(name)} dtype {shown(dtype)}, "
+            f"shape {shown(shape)}, data_offsets {shown(offsets)}"
         )
     return dtype
 
@@ -154,7 +154,7 @@ def shapes_of(tensors: Mapping[Any, Any], where: str, num_bytes: int | None = No
 
 
 def _kind(value: Any) -> str:
-    """Such as "float32" for a tensor whose values can be read as they are; otherwise what stands against it."""
+    """Such as "float32", for a tensor whose values can be read as they are; otherwise what it is instead."""
     if isinstance(value, np.ndarray):
         return str(value.dtype)
     torch = sys.modules.get("torch")  # who has no torch has no tensors of it
@@ -241,8 +241,8 @@ def write_file(path: Path, sets: dict[str, dict[str, np.ndarray]]) -> None:
             if path.suffix == ".safetensors":
                 from safetensors.numpy import save_file
 
-                (content,) = sets.values()
-                save_file(content, partial, metadata={"format": "pt"})
+                (tensors,) = sets.values()
+                save_file(tensors, partial, metadata={"format": "pt"})
                 partial.chmod(0o644)  # the library writes files for their owner only
                 written = {name: _read_safetensors(partial) for name in sets}
             else:
