@@ -225,7 +225,7 @@ EXPORT = [
 
 # Run folders: what is wrong with the only checkpoint is in a warning, so what the line says is always this
 
-UNREADABLE = "1 checkpoint, none of which can be read"
+UNREADABLE = "step 3, cannot be read"
 
 
 def meta(**new: Any) -> Damage:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -142,9 +141,7 @@ def test_exported_run_in_plain_torch(run, tmp_path):
     """The tool's .pt file loads strictly into torch layers, which denoise as our model does."""
     done = tool("export_pytorch", f"--workdir={run}", f"--out={tmp_path / 'out/digits.pt'}")
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"exported MaskDiT of 1 blocks .* of step 3 to .*compared\n", done.stdout), (
-        done.stdout
-    )
+    assert re.fullmatch(r"exported MaskDiT of 1 block .* of step 3 to .*compared\n", done.stdout), done.stdout
     weights = torch.load(tmp_path / "out/digits.pt", weights_only=True)
     card, config = ((tmp_path / "out" / name).read_text() for name in (CARD, CONFIG))
     assert "sigma_data = 0.75" in card
@@ -226,7 +223,7 @@ def test_what_is_in_the_way_stays(run, tensors, tmp_path):
 def test_config_of_another_file_is_not_used(run, tmp_path):
     export_torch(load(run), tmp_path / "out/model.safetensors")
     (tmp_path / "out/model.safetensors").rename(tmp_path / "out/other.safetensors")
-    with pytest.raises(UserError, match=r"1 blocks of width 32.*tensors do not tell num_heads"):
+    with pytest.raises(UserError, match=r"1 block of width 32.*tensors do not tell num_heads"):
         import_torch(tmp_path / "out/other.safetensors", tmp_path / "imported")
 
 
@@ -288,6 +285,36 @@ CHANGES = {
         lambda t: t.update({"model.mask_token": torch.zeros(1, 1, 16).to_sparse()}),
         ["model.mask_token (torch.sparse_coo)"],
     ),
+    "nested": (
+        lambda t: t.update(
+            {"model.mask_token": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(1)])}
+        ),
+        ["model.mask_token (nested)"],
+    ),
+    "without values": (
+        lambda t: t.update({"model.mask_token": torch.zeros(1, 1, 16, device="meta")}),
+        ["model.mask_token (meta)"],
+    ),
+    "complex": (
+        lambda t: t.update({"model.mask_token": torch.zeros(1, 1, 16, dtype=torch.complex64).conj()}),
+        ["model.mask_token (complex64)"],
+    ),
+    "what looks like a tensor": (
+        lambda t: t.update({"model.mask_token": argparse.Namespace(dtype="float32", shape=(1, 1, 16))}),
+        ["model.mask_token (Namespace)"],
+    ),
+    "names that are none": (
+        lambda t: t.update({3: t["model.mask_token"], (1, "a"): t["model.mask_token"]}),
+        ["2 keys (3, (1, 'a')) are no text"],
+    ),
+    "sides of a shape that no file could hold": (
+        lambda t: t.update({"model.x_embedder.proj.weight": np.zeros((10**12, 0, 2, 2), np.float32)}),
+        ["1 tensor (model.x_embedder.proj.weight) is empty"],
+    ),
+    "positions of another width": (
+        lambda t: t.update({"model.pos_embed": np.zeros((1, 16, 4), np.float32)}),
+        ["model.pos_embed has width 4, expected 32"],
+    ),
     "nothing": (lambda t: t.clear(), ["holds no tensors"]),
 }
 
@@ -336,6 +363,20 @@ def test_half_precision_is_taken_and_said(dtype, kind, tensors, tmp_path, caplog
         np.testing.assert_array_equal(value, rounded.astype(np.float32), err_msg=name)
 
 
+def test_views_are_taken_as_what_they_show(tensors, tmp_path):
+    """Turned round, with the sign still to be changed, with a gradient: in memory and in a file."""
+    views = {name: torch.tensor(x) for name, x in tensors.items()}
+    views["model.mask_token"] = torch._neg_view(-views["model.mask_token"])
+    name = "model.blocks.0.mlp.fc1.weight"
+    views[name] = views[name].T.contiguous().T.requires_grad_()
+    torch.save(views, tmp_path / "views.pt")
+    in_numpy = tensors | {name: np.ascontiguousarray(tensors[name][::-1])[::-1]}
+    for number, source in enumerate((views, tmp_path / "views.pt", in_numpy)):
+        import_torch(source, tmp_path / f"{number}", **HEADS)
+        export_torch(load(tmp_path / f"{number}"), tmp_path / f"out {number}/model.safetensors")
+        assert_same_tensors(load_file(tmp_path / f"out {number}/model.safetensors"), tensors)
+
+
 def test_nan_weights_are_taken_with_a_warning_that_names_them(tensors, tmp_path, caplog):
     spoilt = tensors | {"model.mask_token": np.full((1, 1, 16), np.nan, np.float32)}
     save_file(spoilt, tmp_path / "nan.safetensors")
@@ -344,71 +385,6 @@ def test_nan_weights_are_taken_with_a_warning_that_names_them(tensors, tmp_path,
     assert "1 tensor (model.mask_token) is not finite" in warning
     export_torch(load(tmp_path / "imported"), tmp_path / "out/model.safetensors")
     np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["model.mask_token"], np.nan)
-
-
-class _RunsCode:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
-def _truncated(tensors, path):
-    save_file(tensors, path)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _with_header(text: str, length: int | None = None):
-    def write(tensors, path):
-        header = text.encode()
-        path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(8))
-
-    return write
-
-
-def _truncated_pt(tensors, path):
-    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, path)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-_ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
-_TERABYTE = '{"a":{"dtype":"F32","shape":[250000000000],"data_offsets":[0,1000000000000]}}'
-HOSTILE = {
-    "truncated.safetensors": (_truncated, "damaged or cut short"),
-    "empty.safetensors": (lambda t, path: path.write_bytes(b""), "damaged or cut short"),
-    "terabyte header.safetensors": (_with_header("{}", 10**12), "with a header of 1,000,000,000,000"),
-    "terabyte tensor.safetensors": (_with_header(_TERABYTE), "damaged or cut short"),
-    "twice.safetensors": (_with_header(f"{{{_ENTRY},{_ENTRY}}}"), r"1 tensor \(a\) is there twice"),
-    "no json.safetensors": (_with_header("hello"), "its header cannot be read"),
-    "deep.safetensors": (_with_header('{"a":' * 100_000), "its header cannot be read"),
-    "list.safetensors": (_with_header("[1]"), "its header cannot be read"),
-    "float8.safetensors": (_with_header(_ENTRY.join("{}").replace("F32", "F8_E4M3")), "F8_E4M3"),
-    "code.pt": (
-        lambda t, path: torch.save({"model": _RunsCode()}, path),
-        "it would call posix.system",
-    ),
-    "truncated.pt": (_truncated_pt, "damaged or not a PyTorch file"),
-    "text.pt": (lambda t, path: path.write_text("hello world"), "damaged or not a PyTorch file"),
-    "empty.pt": (lambda t, path: path.write_bytes(b""), "damaged or not a PyTorch file"),
-    "list.pt": (lambda t, path: torch.save([1, 2], path), "holds a list, expected tensors by name"),
-    "terabyte.pt": (
-        lambda t, path: torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, path),
-        "claims 4,000,000,000,000 bytes",
-    ),
-    "weights.onnx": (lambda t, path: path.write_bytes(b"x"), r"expected a file \.safetensors"),
-    "missing.pt": (lambda t, path: None, "no such file"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_and_nothing_is_written(name, tensors, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where code in the pickle would leave its mark
-    write, message = HOSTILE[name]
-    write(tensors, tmp_path / name)
-    before = files(tmp_path)
-    with pytest.raises(UserError, match=message) as refused:
-        import_torch(tmp_path / name, tmp_path / "imported", **HEADS)
-    assert "\n" not in str(refused.value)
-    assert name in str(refused.value)
-    assert files(tmp_path) == before
 
 
 def test_tool_refuses_in_one_line(tmp_path):

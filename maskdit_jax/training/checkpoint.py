@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from maskdit_jax.config import ConfigDict, saved_config
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import MAX_JSON_BYTES
-from maskdit_jax.log import counted, log
+from maskdit_jax.log import log
 from maskdit_jax.training.digest import digest
 from maskdit_jax.training.hosts import everywhere, from_first
 from maskdit_jax.training.state import Params, TrainState
@@ -141,7 +141,9 @@ class Checkpoints:
                 return step, meta, read(step, meta)
             except DamagedError as error:
                 log.warning(f"warning: passed over: {error}")
-        raise UserError(f"{self.folder} holds {counted(len(steps), 'checkpoint')}, none of which can be read")
+        if len(steps) == 1:
+            raise UserError(f"the only checkpoint in {self.folder}, step {steps[0]:,}, cannot be read")
+        raise UserError(f"none of the {len(steps)} checkpoints in {self.folder} can be read")
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a step says of itself.
