@@ -231,17 +231,17 @@ def test_what_is_no_autoencoder_is_refused_by_name(change, message, folder, tmp_
     assert "\n" not in str(refused.value)
 
 
-def test_images_that_the_autoencoder_cannot_halve_are_refused(folder):
+def test_images_that_the_autoencoder_cannot_halve_are_refused(autoencoder):
     with pytest.raises(UserError, match="both sides must divide by 4"):
-        load_autoencoder(folder).encode(np.zeros((1, 18, 16, 3), np.float32))
+        autoencoder.encode(np.zeros((1, 18, 16, 3), np.float32))
 
 
-def test_autoencoder_that_does_not_fit_the_model_is_refused(folder, latent_model, tmp_path):
+def test_autoencoder_that_does_not_fit_the_model_is_refused(autoencoder):
     config = resolve(load(ROOT / "configs/digits.py"), device_count=8)
     with pytest.raises(UserError, match="makes pixels, there is nothing to decode"):
-        Model(config, {}, None, autoencoder=load_autoencoder(folder))
+        Model(config, {}, None, autoencoder=autoencoder)
     config = resolve(load(ROOT / "configs/in256.py", ["--config.model.channels=8"]), device_count=8)
     with pytest.raises(UserError, match="latents have 4 channels, the model's 8"):
-        Model(config, {}, None, autoencoder=load_autoencoder(folder))
+        Model(config, {}, None, autoencoder=autoencoder)
     with pytest.raises(UserError, match=r"vae='x' decodes latents, but data\.space='pixels'"):
         resolve(load(ROOT / "configs/digits.py", ["--config.vae=x"]), device_count=8)

@@ -158,5 +158,7 @@ def _tensorboard_writer(folder: Path):
             f"report.tensorboard=true needs {error.name}: pip install tensorflow-cpu tensorboard, or "
             "pass --config.report.tensorboard=false"
         ) from error
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
     tf.config.set_visible_devices([], "GPU")
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
