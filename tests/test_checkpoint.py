@@ -124,6 +124,7 @@ def test_a_step_that_is_on_disk_has_its_preview(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     options = {f"model.{name}": value for name, value in SMALL.items()} | {
+        "model.unroll": "none",
         "training.batch_size": 8,
         "checkpoint.every_steps": 1,
         "report.preview_steps": 1,
@@ -131,6 +132,7 @@ def test_a_step_that_is_on_disk_has_its_preview(tmp_path, monkeypatch):
         "report.preview_columns": 1,
         "report.tensorboard": "false",
         "sampling.num_steps": 1,
+        "sampling.cfg_scale": 1,
     }
     flags = [f"--config.{name}={value}" for name, value in options.items()]
     with pytest.raises(Killed):

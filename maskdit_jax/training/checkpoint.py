@@ -50,9 +50,7 @@ class Checkpoints:
         self.folder = Path(workdir).absolute() / FOLDER
         for folder in (self.folder, self.folder.parent / DAMAGED_FOLDER):
             if folder.exists() and not folder.is_dir():
-                raise UserError(
-                    f"{folder} is in the way, where a folder of checkpoints belongs: move it away"
-                )
+                raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
         if keep is None:
             self._options = ocp.CheckpointManagerOptions(create=False)
         else:

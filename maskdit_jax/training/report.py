@@ -149,6 +149,8 @@ def sample_grid(model: Model) -> np.ndarray:
 
 def _tensorboard_writer(folder: Path):
     """clu's TensorBoard writer, in a thread of its own; the only place that imports TensorFlow."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf
@@ -158,7 +160,5 @@ def _tensorboard_writer(folder: Path):
             f"report.tensorboard=true needs {error.name}: pip install tensorflow-cpu tensorboard, or "
             "pass --config.report.tensorboard=false"
         ) from error
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
     tf.config.set_visible_devices([], "GPU")
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
