@@ -1,12 +1,12 @@
 """Configurations: fill in sizes, check every value before anything is built."""
 
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 from maskdit_jax.diffusion.samplers import SamplerOptions
-from maskdit_jax.errors import UserError, known
+from maskdit_jax.errors import UserError, first_line, known, shown
 from maskdit_jax.models.blocks import REMAT_POLICIES, UNROLL_CHOICES
-from maskdit_jax.models.maskdit import PRECISIONS, SIZES
+from maskdit_jax.models.maskdit import PRECISIONS, SIZES, MaskDiT
 from maskdit_jax.models.masking import count_kept
 from maskdit_jax.training.optimizer import MASK_SCHEDULES
 
@@ -58,7 +58,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = """
     model.depth model.hidden_size model.num_heads model.patch_size model.image_size model.channels
-    model.decoder_hidden_size model.decoder_depth model.decoder_num_heads data.num_threads
+    model.decoder_hidden_size model.decoder_depth model.decoder_num_heads data.num_threads data.max_zoom
     training.num_steps training.batch_size training.accumulate training.max_nonfinite_steps mesh.fsdp
     checkpoint.every_steps checkpoint.keep report.every_steps report.preview_rows
     report.preview_columns
@@ -92,6 +92,7 @@ AT_MOST = {
 }
 MAX_INTEGER = 2**31 - 1  # of every other whole number: the counters of the training state are int32
 MAX_TOKENS = 2**16
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 MAX_PREVIEWS = 10_000  # images of one grid, sampled at once
 
 
@@ -155,49 +156,23 @@ def _check_values(config: ConfigDict) -> None:
             continue
         if isinstance(value, int):
             most = AT_MOST.get(name, MAX_INTEGER)
-            shown = value if value.bit_length() < 100 else f"a number of {value.bit_length():,} bits"
-            _require(value <= most, f"{name}={shown} must be at most {most:,}")
+            _require(value <= most, f"{name}={shown(value)} must be at most {most:,}")
         _require(math.isfinite(value), f"{name}={value} must be finite")
         _require(value >= 1 or name not in AT_LEAST_ONE, f"{name}={value} must be at least 1")
         _require(value > 0 or name not in POSITIVE, f"{name}={value} must be greater than 0")
         _require(value >= 0 or name not in NOT_NEGATIVE, f"{name}={value} must not be negative")
         _require(0 <= value <= 1 or name not in SHARES, f"{name}={value} must be between 0 and 1")
-    _require(config.data.max_zoom >= 1, f"data.max_zoom={config.data.max_zoom} must be at least 1")
-    rows, columns = config.report.preview_rows, config.report.preview_columns
-    _require(
-        rows * columns <= MAX_PREVIEWS,
-        f"report.preview_rows={rows} × report.preview_columns={columns} are {rows * columns:,} images, more "
-        f"than {MAX_PREVIEWS:,}",
-    )
     SamplerOptions(**config.sampling.to_dict()).check("sampling.")
 
 
 def _check_model(config: ConfigDict) -> None:
     m, d = config.model, config.diffusion
+    _check_network(m)
     _require(
-        m.image_size % m.patch_size == 0,
-        f"model.patch_size={m.patch_size} does not divide model.image_size={m.image_size}",
+        m.use_decoder or d.mae_coef == 0,
+        f"diffusion.mae_coef={d.mae_coef} needs a decoder; set it to 0 with model.use_decoder=false",
     )
-    stacks = [("hidden_size", "num_heads")]
-    if m.use_decoder:
-        stacks.append(("decoder_hidden_size", "decoder_num_heads"))
-    else:
-        _require(
-            d.mae_coef == 0,
-            f"diffusion.mae_coef={d.mae_coef} needs a decoder; set it to 0 with model.use_decoder=false",
-        )
-    for width, heads in stacks:
-        _require(
-            m[heads] <= m[width] and m[width] % m[heads] == 0,
-            f"model.{heads}={m[heads]} does not divide model.{width}={m[width]}",
-        )
-        _require(m[width] % 4 == 0, f"model.{width}={m[width]} must be a multiple of 4")
     tokens = (m.image_size // m.patch_size) ** 2
-    _require(
-        tokens <= MAX_TOKENS,
-        f"model.image_size={m.image_size} in patches of {m.patch_size} makes {tokens:,} tokens, at most "
-        f"{MAX_TOKENS:,} are possible; use a larger model.patch_size",
-    )
     _require(
         not d.mae_coef or m.patch_size**2 * m.channels > 1,
         f"diffusion.mae_coef={d.mae_coef}: a patch of one value (model.patch_size=1, model.channels=1) has "
@@ -219,6 +194,33 @@ def _check_model(config: ConfigDict) -> None:
         f"evaluation.num_samples={count} is for data.source='digits'; set it to 0",
     )
     _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")
+    rows, columns = config.report.preview_rows, config.report.preview_columns
+    _require(
+        rows * columns <= MAX_PREVIEWS,
+        f"report.preview_rows={rows} × report.preview_columns={columns} are {rows * columns:,} images, more "
+        f"than {MAX_PREVIEWS:,}",
+    )
+
+
+def _check_network(model: ConfigDict) -> None:
+    _require(
+        model.image_size % model.patch_size == 0,
+        f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}",
+    )
+    tokens = (model.image_size // model.patch_size) ** 2
+    _require(
+        tokens <= MAX_TOKENS,
+        f"model.image_size={model.image_size} in patches of {model.patch_size} makes {tokens:,} tokens, at "
+        f"most {MAX_TOKENS:,} are possible; use a larger model.patch_size",
+    )
+    stacks = [("hidden_size", "num_heads")]
+    stacks += [("decoder_hidden_size", "decoder_num_heads")] if model.use_decoder else []
+    for width, heads in stacks:
+        _require(
+            model[heads] <= model[width] and model[width] % model[heads] == 0,
+            f"model.{heads}={model[heads]} does not divide model.{width}={model[width]}",
+        )
+        _require(model[width] % 4 == 0, f"model.{width}={model[width]} must be a multiple of 4")
 
 
 def _check_devices(config: ConfigDict, device_count: int) -> None:
@@ -237,3 +239,64 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
             f"training.batch_size={training.batch_size} must divide by {device_count} devices × "
             f"{training.accumulate} microbatches; try {nearest}"
         )
+
+
+def _hints(of: Any, without: tuple[str, ...]) -> dict[str, type]:
+    return {name: kind for name, kind in get_type_hints(of).items() if name not in without}
+
+
+# What weights need of the configuration that was saved with them, which is all that an import has.
+SAVED_WITH_WEIGHTS: dict[str, dict[str, type]] = {
+    "model": {"size": str} | _hints(MaskDiT.__init__, without=("use_mask_token", "rngs", "return")),
+    "diffusion": {"sigma_data": float, "mae_coef": float},
+    "data": {"space": str, "latent_scale": float},
+    "sampling": _hints(SamplerOptions, without=("guidance_interval",)),
+}
+# What is used, beyond that, of the configuration of a run.
+_SAVED_WITH_RUNS = {
+    "vae": str,
+    "report.preview_rows": int,
+    "report.preview_columns": int,
+    "evaluation.num_samples": int,
+}
+_CLOSED = ("model", "sampling")  # these sections are arguments: nothing else may stand there
+
+
+def saved_config(content: Any) -> ConfigDict:
+    """The configuration that was saved with weights, found to have what their use needs.
+
+    Raises:
+      UserError: something is missing, of another type, or no value that `resolve` takes.
+    """
+    try:
+        found = leaves(content)
+        _check_types(found)
+        config = ConfigDict(content)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the configuration cannot be used: {first_line(error, 100)}") from error
+    _check_values(config)
+    _check_network(config.model)
+    return config
+
+
+def _check_types(found: dict[str, Any]) -> None:
+    """Compare options, by their full names, with what is used of a saved configuration."""
+    kinds = {f"{s}.{name}": kind for s, names in SAVED_WITH_WEIGHTS.items() for name, kind in names.items()}
+    missing = [name for name in kinds if name not in found]
+    _require(not missing, f"the configuration lacks {', '.join(missing[:3])}")
+    for name, value in found.items():
+        closed = name.partition(".")[0] in _CLOSED and name not in kinds
+        _require(not closed, f"the option {shown(name)} is unknown")
+        kind = kinds.get(name) or _SAVED_WITH_RUNS.get(name) or type(value)
+        fits = kind in IN_WORDS and _is_a(value, kind)
+        _require(fits, f"{shown(name)}={shown(value)}: expected {IN_WORDS.get(kind, 'a number or a text')}")
+        # A longer one cannot even be compared with a float.
+        _require(not isinstance(value, int) or abs(value) < 2**63, f"{shown(name)} is no 64-bit number")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdit_jax.config import ConfigDict, leaves
-from maskdit_jax.errors import UserError, first_line, known
+from maskdit_jax.config import IN_WORDS, ConfigDict, leaves
+from maskdit_jax.errors import UserError, first_line, known, shown
 
 # The recipes stand beside the package in a checkout, and inside it where it was installed from a wheel.
 _PACKAGE = Path(__file__).parent
@@ -21,7 +21,6 @@ RECIPES = next(
     (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()),
     _PACKAGE / "configs",
 )
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -54,7 +53,7 @@ def _find(path: str) -> Path:
     raise UserError(f"--config={path}: no such Python file; found: {known(path, sorted(names)) or 'none'}")
 
 
-def _run(file: Path, shown: str) -> ConfigDict:
+def _run(file: Path, name: str) -> ConfigDict:
     """What `get_config()` of a file returns."""
     module = types.ModuleType("config")
     module.__file__ = str(file)
@@ -63,7 +62,7 @@ def _run(file: Path, shown: str) -> ConfigDict:
             exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
             if not callable(vars(module).get("get_config")):
                 raise UserError(
-                    f"--config={shown} has no function get_config(): define one that starts with "
+                    f"--config={name} has no function get_config(): define one that starts with "
                     "`config = base.get_config()` and ends with `return config`"
                 )
             config = module.get_config()
@@ -71,11 +70,11 @@ def _run(file: Path, shown: str) -> ConfigDict:
             raise
         except (Exception, SystemExit) as error:
             where = _line_of(error, file)
-            raise UserError(f"--config={shown}{where}: {_explain(error)}") from error
+            raise UserError(f"--config={name}{where}: {_explain(error)}") from error
     if not isinstance(config, ConfigDict):
         found = "None" if config is None else f"a {type(config).__name__}"
         raise UserError(
-            f"--config={shown}: get_config() returned {found}, expected the ConfigDict of `config = "
+            f"--config={name}: get_config() returned {found}, expected the ConfigDict of `config = "
             "base.get_config()`; end it with `return config`"
         )
     return config
@@ -146,8 +145,8 @@ def _explain(error: BaseException) -> str:
         wrong = re.match(r"Could not override field '(\w+)'.*?\. (.*?) is of ", text, re.DOTALL)
         kinds = {type(v) for name, v in _options().items() if wrong and name.split(".")[-1] == wrong[1]}
         if wrong and kinds:
-            expected = " or ".join(sorted(_EXPECTED[kind] for kind in kinds))
-            return f"{wrong[1]}={_short(wrong[2])}: expected {expected}"
+            expected = " or ".join(sorted(IN_WORDS[kind] for kind in kinds))
+            return f"{wrong[1]}={shown(wrong[2])}: expected {expected}"
         if wrong:
             return f"{wrong[1]} is a section of options: set those in it, or call its update(…)"
     if isinstance(error, SyntaxError):
@@ -174,21 +173,21 @@ def _nearest(error: BaseException) -> str:
     return f"; nearest: {known(name, found, how_many=3)}"
 
 
-def _check_options(config: ConfigDict, shown: str) -> None:
+def _check_options(config: ConfigDict, path: str) -> None:
     """Every option of base is there, in the type it has there, and no other."""
     found, wanted = leaves(config), _options()
     for name in found:
         if name not in wanted:
             raise UserError(
-                f"--config={shown}: there is no option {name!r}; nearest: {known(name, wanted, how_many=3)}"
+                f"--config={path}: there is no option {name!r}; nearest: {known(name, wanted, how_many=3)}"
             )
     for name, default in wanted.items():
         if name not in found:
-            raise UserError(f"--config={shown}: {name} is missing; start with `config = base.get_config()`")
+            raise UserError(f"--config={path}: {name} is missing; start with `config = base.get_config()`")
         value = _as(type(default), found[name])
         if value is None:
             raise UserError(
-                f"--config={shown}: {name}={_short(found[name])}: expected {_EXPECTED[type(default)]}, such "
+                f"--config={path}: {name}={shown(found[name])}: expected {IN_WORDS[type(default)]}, such "
                 f"as {default!r}"
             )
         if value is not found[name]:
@@ -230,14 +229,9 @@ def _parse(flag: str, text: str, kind: type) -> bool | int | float | str:
     if kind is bool:
         choices = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in choices:
-            raise UserError(f"{flag}={_short(text)}: expected {_EXPECTED[kind]}")
+            raise UserError(f"{flag}={shown(text)}: expected {IN_WORDS[kind]}")
         return choices[text.lower()]
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"{flag}={_short(text)}: expected {_EXPECTED[kind]}") from None
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+        raise UserError(f"{flag}={shown(text)}: expected {IN_WORDS[kind]}") from None

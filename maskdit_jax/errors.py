@@ -41,6 +41,14 @@ def first_line(error: BaseException, length: int = 300) -> str:
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
+def shown(value: object, length: int = 80) -> str:
+    """A foreign value for a message, cut to `length` characters."""
+    # A long number cannot be printed at all.
+    huge = isinstance(value, int) and value.bit_length() > 1000
+    text = "a huge number" if huge else printable(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of a command, refused in one line."""
 

@@ -3,21 +3,40 @@
 tests/test_hostile.py damages such inputs in ways that somebody thought of, tests/fuzz_readers.py at random.
 """
 
+import contextlib
+import functools
 import io
+import json
 import pickle
+import struct
 import tarfile
+import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import lmdb
 import numpy as np
+from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
+from maskdit_jax import export_torch, import_torch, load, load_autoencoder
+from maskdit_jax.config import resolve
+from maskdit_jax.config_file import load as load_config
 from maskdit_jax.data.importing import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
+from maskdit_jax.evaluation.card import finish
+from maskdit_jax.interop.names import autoencoder_to_torch, to_torch
+from maskdit_jax.models.autoencoder import AutoencoderKL
+from maskdit_jax.training.checkpoint import Checkpoints, _meta_digest
+from maskdit_jax.training.state import init_params
+
+ROOT = Path(__file__).parent.parent
 
 
 class Reader(NamedTuple):
@@ -175,3 +194,157 @@ def repair_images(path: Path) -> None:
 
 
 READERS["image"] = Reader(write_images, read_images, repair_images)
+
+
+# Weights: PyTorch's files, and the config.json that an export has beside them
+
+TINY = {"channels": 1, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "image_size": 4}
+TINY |= {"num_classes": 2, "decoder_hidden_size": 4, "decoder_depth": 1, "decoder_num_heads": 1}
+HEADS = {"num_heads": 2, "decoder_num_heads": 1}
+
+
+@functools.cache
+def tiny_tensors() -> dict[str, np.ndarray]:
+    """Tensors of a network by their torch names, of zeros but for the position tables."""
+    shapes = jax.eval_shape(lambda: init_params(TINY, 0))
+    tensors = to_torch(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), image_size=4, patch_size=2)
+    return {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+
+
+def write_pt(folder: Path, legacy: bool = False) -> Path:
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: torch.tensor(x) for name, x in tiny_tensors().items()}
+    torch.save(content, folder / "in.pt", _use_new_zipfile_serialization=not legacy)
+    return folder / "in.pt"
+
+
+def repair_zip(path: Path) -> None:
+    """Make the checksum of data.pkl right again, as far as the archive can be read."""
+    content = bytearray(path.read_bytes())
+    with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        member = archive.infolist()[0]
+        names = struct.unpack("<HH", content[member.header_offset + 26 : member.header_offset + 30])
+        start = member.header_offset + 30 + sum(names)
+        checksum = struct.pack("<L", zlib.crc32(content[start : start + member.file_size]))
+        at = content.find(b"PK\1\2")
+        content[at + 16 : at + 20] = checksum
+        path.write_bytes(content)
+
+
+def write_safetensors(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tiny_tensors(), folder / "in.safetensors", metadata={"format": "pt"})
+    return folder / "in.safetensors"
+
+
+def read_weights(path: Path) -> object:
+    import_torch(path, path.with_name("out"), **HEADS)
+    return path
+
+
+def copy_of(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@functools.cache
+def export_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        import_torch(tiny_tensors(), folder / "imported", **HEADS)
+        export_torch(load(folder / "imported"), folder / "out/model.safetensors")
+        return content_of(folder / "out")
+
+
+def read_export(path: Path) -> object:
+    """Import, then what `sample` asks of the imported options."""
+    out = path.parent.with_name("out")
+    import_torch(path.with_name("model.safetensors"), out)
+    return load(out).sampler_options()
+
+
+READERS["pt"] = Reader(write_pt, read_weights, repair_zip)
+READERS["old pt"] = Reader(functools.partial(write_pt, legacy=True), read_weights)
+READERS["safetensors"] = Reader(write_safetensors, read_weights)
+READERS["export"] = Reader(lambda folder: copy_of(export_files(), folder / "in") / "config.json", read_export)
+
+
+# Weights: the folder of a run, and the card in it
+
+
+@functools.cache
+def run_files() -> dict[str, bytes]:
+    """A run with one step, which asks for no card and has one."""
+    config = resolve(load_config(str(ROOT / "configs/digits.py")), device_count=jax.device_count())
+    with config.unlocked():
+        config.model.update(size="custom", unroll="auto", **TINY)
+        config.evaluation.num_samples = 0
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: init_params(TINY, 0)))
+    meta = {"config": config.to_dict(), "items_consumed": 7, "seconds": 1.5}
+    with tempfile.TemporaryDirectory() as name:
+        checkpoints = Checkpoints(name, keep=1)
+        # What sampling reads; the rest of a training state would take seconds to digest.
+        checkpoints.save_weights(3, {"ema_params": params}, meta)
+        checkpoints.close()
+        files = content_of(Path(name))
+    guided = {"cfg_scale": 1.5, "class_share": 0.9, "frechet_distance": 3.0, "sampling_s": 1.0}
+    card = {"step": 3, "num_samples": 2, "seeds": [0, 1], "sampler": config.sampling.to_dict()}
+    card |= {"guided": guided, "unguided": guided, "classifier_accuracy_on_held_out": 0.9}
+    card |= {"real_train_frechet_distance": 1.0, "training_s": 1.5, "training_images_per_s": 4.7}
+    # samples.png is newer than the checkpoint: nothing has to be sampled anew.
+    return files | {"card.json": json.dumps(card).encode(), "samples.png": b""}
+
+
+def write_run(folder: Path) -> Path:
+    return copy_of(run_files(), folder / "run")
+
+
+def repair_meta(path: Path) -> None:
+    """Make the digest of what a step says of itself right again, as far as it is JSON."""
+    with contextlib.suppress(Exception):
+        meta = json.loads(path.read_text())
+        meta["digests"]["meta"] = _meta_digest(meta)
+        path.write_text(json.dumps(meta))
+
+
+META = "checkpoints/3/meta/metadata"
+
+
+def read_card(path: Path) -> object:
+    finish(path.parent)
+    return path
+
+
+READERS["run"] = Reader(write_run, load)
+READERS["meta"] = Reader(
+    lambda folder: write_run(folder) / META, lambda path: load(path.parents[3]).sampler_options(), repair_meta
+)
+READERS["card"] = Reader(lambda folder: write_run(folder) / "card.json", read_card)
+
+
+# Weights: the autoencoder
+
+
+@functools.cache
+def autoencoder_files() -> dict[str, bytes]:
+    options = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    shapes = nnx.eval_shape(lambda: AutoencoderKL(**options, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.to_pure_dict(nnx.split(shapes)[1]))
+    tensors = {name: np.ascontiguousarray(x) for name, x in autoencoder_to_torch(params).items()}
+    config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4}
+    config |= {"scaling_factor": 0.25, "act_fn": "silu", "sample_size": 256} | options
+    with tempfile.TemporaryDirectory() as name:
+        save_file(tensors, Path(name) / "diffusion_pytorch_model.safetensors")
+        (Path(name) / "config.json").write_text(json.dumps(config))
+        return content_of(Path(name))
+
+
+READERS["autoencoder"] = Reader(lambda folder: copy_of(autoencoder_files(), folder / "vae"), load_autoencoder)

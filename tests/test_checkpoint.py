@@ -8,13 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from readers import READERS
+from tiny import SAVE_EVERY, steps_of, tiny_config, tiny_flags
 
 from maskdit_jax import load as load_model
+from maskdit_jax import main
 from maskdit_jax.errors import UserError
+from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
 from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import Checkpoints, DamagedError
+from maskdit_jax.training.report import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,60 @@ def test_folder_is_locked_while_a_run_writes_and_free_after(tmp_path):
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith("pid ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "damaged"])
+def test_a_file_in_place_of_a_folder_stops_the_run_before_it_begins(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is in the way, where a folder belongs"):
+        Checkpoints(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_step_that_is_on_disk_has_its_preview(tmp_path, monkeypatch):
+    """However early the run is killed after that: here the moment the checkpoint is complete."""
+
+    class Killed(BaseException):
+        """Stands for the end of the process, which nothing in it could catch."""
+
+    save = Checkpoints.save
+
+    def save_and_die(checkpoints, state, meta):
+        save(checkpoints, state, meta)
+        assert checkpoints.settle() == ""
+        raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        main.main([f"--workdir={tmp_path}", *tiny_flags({"report.preview_steps": SAVE_EVERY})])
+    assert steps_of(tmp_path) == [SAVE_EVERY]
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == [f"step_{SAVE_EVERY:08d}.png"]
+
+
+def test_a_preview_that_cannot_be_written_is_given_up(tmp_path, messages, caplog):
+    """A file stands where its folder belongs."""
+    (tmp_path / "previews").write_text("mine")
+    options = {"first_step": 0, "num_steps": 1, "batch_size": 1, "every_steps": 1, "tensorboard": False}
+    Reporter(tmp_path, **options).grid(1, np.zeros((2, 2, 1), np.uint8))
+    assert "previews/step_00000001.png could not be written: " in caplog.text
+    assert (tmp_path / "previews").read_text() == "mine"
+
+
+def test_tensorboard_that_is_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    options = {"first_step": 0, "num_steps": 1, "batch_size": 1, "every_steps": 1, "tensorboard": True}
+    with pytest.raises(UserError, match="tensorboard is in the way, where a folder belongs"):
+        Reporter(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b"{}", b'{"step": "9"}', b'{"num_samples": []}', b"[" * 100_000, b"\xff"]
+)
+def test_damaged_card_is_passed_over_at_the_end_of_a_run(damage, tmp_path, messages, caplog):
+    """What cannot be printed is neither a card nor a reason to fail."""
+    card = READERS["card"].good(tmp_path)
+    card.write_bytes(damage)
+    finish(card.parent)
+    assert "card.json" in caplog.text
+    assert "it is passed over" in caplog.text
+    assert "finished at step 3" in caplog.text

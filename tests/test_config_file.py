@@ -93,7 +93,7 @@ CASES = [  # what is wrong, the file, what the line must say
     ("section a number", body("config.model = 3"), "line 6", "model", "update(…)"),
     ("section a dict", body("config.unlock()", "config.model = {'depth': 1}"), "model.channels is missing"),
     ("section deleted", body("config.unlock()", "del config.model"), "model.channels is missing"),
-    ("a number of 5,000 digits", body("config.seed = 10**5000"), "seed=", "16,610 bits", "4,294,967,295"),
+    ("a number of 5,000 digits", body("config.seed = 10**5000"), "seed=", "a huge number", "4,294,967,295"),
     ("float beyond all", body("config.optimizer.eps = 1e-8 + 10**5000"), "OverflowError"),
 ]
 

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, shown
+from maskdit_jax.files import read_json
 from maskdit_jax.interop.names import (
     autoencoder_from_torch,
     autoencoder_to_torch,
@@ -27,6 +28,15 @@ from maskdit_jax.training.state import Params
 PIXELS_AT_ONCE = 4 * 512**2
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PUBLISHED_SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder
+# Our options by what diffusers calls them.
+_SAME_IN_CONFIG = {
+    "in_channels": "image_channels",
+    "out_channels": "image_channels",
+    "latent_channels": "latent_channels",
+    "block_out_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+}
 # What AutoencoderKL can be configured to, and this one always is.
 _FIXED = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None}
 
@@ -110,20 +120,10 @@ def _apply_in_chunks(params, x, *, graphdef, method, at_once, mesh):
 
 
 def _read(path: str | Path) -> AutoencoderFile:
-    path = Path(path)
-    if path.is_file():
-        weights, config = path, {}
-    else:
-        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-        if weights is None or not (path / CONFIG).is_file():
-            raise UserError(
-                f"no autoencoder in {path}: expected {CONFIG} and {WEIGHTS[0]}, as in the public models "
-                "stabilityai/sd-vae-ft-ema and stabilityai/sd-vae-ft-mse (hf download "
-                f"stabilityai/sd-vae-ft-ema --local-dir {path}), or a file such as autoencoder_kl.pth"
-            )
-        config = _read_config(path / CONFIG)
-    content = read_file(weights)
-    content = content.get("state_dict", content)
+    weights, config = _find(Path(path))
+    content: Mapping[Any, Any] = read_file(weights)
+    if isinstance(nested := content.get("state_dict"), Mapping):
+        content = nested
     shapes_of(content, str(weights), weights.stat().st_size)
     try:
         tensors = rename_autoencoder(as_float32(content, str(weights)))
@@ -133,10 +133,10 @@ def _read(path: str | Path) -> AutoencoderFile:
     except ValueError as error:
         raise UserError(f"{weights} is no AutoencoderKL: {error}") from None
     options["norm_num_groups"] = groups = config.get("norm_num_groups", 32)
-    if not isinstance(groups, int) or groups < 1 or any(w % groups for w in options["block_out_channels"]):
-        raise UserError(
-            f"{weights}: norm_num_groups={groups} must divide the widths {options['block_out_channels']}"
-        )
+    widths = options["block_out_channels"]
+    if type(groups) is not int or groups < 1 or any(width % groups for width in widths):
+        raise UserError(f"{weights}: norm_num_groups={shown(groups)} must divide the widths {widths}")
+    _compare_with_config(options, config, weights)
 
     def expected_tensors():
         params = nnx.to_pure_dict(nnx.split(AutoencoderKL(**options, rngs=nnx.Rngs(0)))[1])
@@ -151,16 +151,40 @@ def _read(path: str | Path) -> AutoencoderFile:
     )
     with weights.open("rb") as content_bytes:
         sha256 = hashlib.file_digest(content_bytes, "sha256").hexdigest()
-    params, latent_scale = autoencoder_from_torch(tensors), config.get("scaling_factor", 0.18215)
-    return AutoencoderFile(options, params, latent_scale, sha256)
+    return AutoencoderFile(options, autoencoder_from_torch(tensors), config["scaling_factor"], sha256)
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights at a path that a user gives, and what its configuration says."""
+    if path.is_file():
+        return path, {"scaling_factor": PUBLISHED_SCALE}
+    for weights in (path / name for name in WEIGHTS):
+        if weights.is_file() and (path / CONFIG).is_file():
+            return weights, _read_config(path / CONFIG)
+    raise UserError(
+        f"no autoencoder in {path}: expected {CONFIG} and {WEIGHTS[0]}, as in the public models "
+        "stabilityai/sd-vae-ft-ema and stabilityai/sd-vae-ft-mse (hf download "
+        f"stabilityai/sd-vae-ft-ema --local-dir {path}), or a file such as autoencoder_kl.pth"
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    config = {"scaling_factor": PUBLISHED_SCALE} | read_json(file)
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"{file}: {name}={config[name]!r} is not supported, only {value!r}")
+            raise UserError(f"{file}: {name}={shown(config[name])} is not supported, only {value!r}")
+    scale = config["scaling_factor"]
+    # Written so that NaN is refused too; a whole number may be too long for a float.
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-6 <= scale <= 1e6:
+        raise UserError(f"{file}: scaling_factor={shown(scale)}, expected a number such as {PUBLISHED_SCALE}")
     return config
+
+
+def _compare_with_config(options: dict[str, Any], config: dict[str, Any], weights: Path) -> None:
+    """The tensors decide; a configuration that says otherwise is another network's."""
+    for theirs, ours in _SAME_IN_CONFIG.items():
+        found = list(options[ours]) if ours == "block_out_channels" else options[ours]
+        if config.get(theirs, found) != found:
+            raise UserError(
+                f"{weights}: {CONFIG} beside it says {theirs}={shown(config[theirs])}, its tensors {found}"
+            )

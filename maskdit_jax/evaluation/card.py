@@ -12,8 +12,9 @@ from maskdit_jax.api import Model, load
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
+from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
-from maskdit_jax.files import appears_whole
+from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
 from maskdit_jax.training.checkpoint import FOLDER, open_run
 from maskdit_jax.training.hosts import from_first
@@ -32,7 +33,7 @@ def finish(workdir: Path) -> None:
     step, meta, _ = checkpoints.newest_healthy(lambda *_: None)
     checkpoints.close()
     card_file, grid_file = workdir / CARD, workdir / GRID
-    card = json.loads(card_file.read_text()) if card_file.exists() else {}
+    card = _read_card(card_file) if card_file.exists() else {}
     config = ConfigDict(meta["config"])
     wanted = config.evaluation.num_samples
     saved_at = (workdir / FOLDER / str(step)).stat().st_mtime
@@ -58,6 +59,18 @@ def finish(workdir: Path) -> None:
     log.info(
         f"finished at step {step:,}: samples in {grid_file}" + (f", card in {card_file}" if card else "")
     )
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """The card that is there, for it to be printed again; empty, with a warning, where it is damaged."""
+    try:
+        card = read_json(file)
+        describe_card(card)
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        problem = error if isinstance(error, UserError) else f"{file} is no card: {first_line(error, 100)}"
+        log.warning(f"warning: {problem}; it is passed over, and made anew where the run asks for one")
+        return {}
+    return card
 
 
 def digits_card(model: Model, num_samples: int) -> dict[str, Any]:

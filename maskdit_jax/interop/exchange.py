@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from maskdit_jax.config import ConfigDict, network_options
+from maskdit_jax.config import SAVED_WITH_WEIGHTS, ConfigDict, network_options, saved_config
 from maskdit_jax.diffusion.samplers import SamplerOptions
-from maskdit_jax.errors import UserError
-from maskdit_jax.files import appears_whole
+from maskdit_jax.errors import UserError, shown
+from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.interop.model_card import WEIGHTS_IN_WORDS, model_card
 from maskdit_jax.interop.names import (
     Shapes,
@@ -81,7 +81,7 @@ def import_torch(
     options = _read_checked_options(next(iter(shapes.values())), where)
     _compare_with_expected(options, where, model=model, image_size=image_size, num_classes=num_classes)
     options |= _read_heads(options, where, beside, num_heads, decoder_num_heads)
-    config = _config_of(options, beside)
+    config = _config_of(options, beside, where)
 
     expected = _expected_shapes(config)
     for name, found in shapes.items():
@@ -128,9 +128,10 @@ def _weight_sets(content: Mapping[str, Any], where: str, single: str) -> dict[st
         ours: content[name] for name, ours in PICKLED_SETS.items() if isinstance(content.get(name), Mapping)
     }
     if sets:
-        ignored = sorted(str(name) for name in content.keys() - PICKLED_SETS.keys())
+        ignored = sorted(shown(name) for name in content.keys() - PICKLED_SETS.keys())
         if ignored:
-            log.info(f"{where}: not taken: {', '.join(ignored)}")
+            more = ", …" if len(ignored) > 10 else ""
+            log.info(f"{where}: not taken: {', '.join(ignored[:10])}{more}")
         return sets
     if not content:
         raise UserError(f"{where} holds no tensors")
@@ -141,7 +142,7 @@ def _read_checked_options(shapes: Shapes, where: str) -> dict[str, Any]:
     try:
         return read_options(shapes)
     except KeyError as error:
-        some = ", ".join(list(shapes)[:5])
+        some = ", ".join(shown(name) for name in list(shapes)[:3])
         raise UserError(f"{where} is no MaskDiT: it has no {error.args[0]}; it has {some}, …") from None
     except ValueError as error:
         raise UserError(f"{where} is no MaskDiT: {error}") from None
@@ -173,6 +174,7 @@ def _read_heads(
     decoder_heads = (
         decoder_num_heads or known.get("decoder_num_heads") or (16 if decoder_width == 512 else None)
     )
+    found: dict[str, int] = {}
     for name, value, width in (
         ("num_heads", heads, options["hidden_size"]),
         ("decoder_num_heads", decoder_heads, decoder_width),
@@ -184,44 +186,47 @@ def _read_heads(
             )
         if not isinstance(value, int) or value < 1 or width % value:
             raise UserError(f"{where}: {name}={value} does not divide the width {width}")
-    return {"num_heads": heads, "decoder_num_heads": decoder_heads}
+        found[name] = value
+    return found
 
 
-def _config_of(options: dict[str, Any], beside: dict[str, Any]) -> ConfigDict:
+def _config_of(options: dict[str, Any], beside: dict[str, Any], where: str) -> ConfigDict:
     """The part of a run's configuration that its weights need to be used."""
     options = dict(options)
     has_mask_token = options.pop("use_mask_token")
     sampling = dataclasses.asdict(SamplerOptions())
     del sampling["guidance_interval"]
-    return ConfigDict(
-        {
-            "model": {
-                "size": model_name(options).partition("-")[2] or "custom",
-                "decoder_hidden_size": 512,
-                "decoder_depth": 8,
-                **options,
-                # Parity first; `load` and `sample` take another precision.
-                "precision": "float32",
-                "remat": "none",
-                "unroll": "auto",
-            },
-            # mae_coef decides whether there is a mask token.
-            "diffusion": {
-                "sigma_data": 0.5,
-                "mae_coef": 0.1 if has_mask_token else 0.0,
-                **beside.get("diffusion", {}),
-            },
-            "data": {"space": "latents", "latent_scale": 0.18215, **beside.get("data", {})},
-            "sampling": sampling | beside.get("sampling", {}),
-        }
-    )
+    sections = {
+        "model": {
+            "size": model_name(options).partition("-")[2] or "custom",
+            "decoder_hidden_size": 512,
+            "decoder_depth": 8,
+            **options,
+            # Parity first; `load` and `sample` take another precision.
+            "precision": "float32",
+            "remat": "none",
+            "unroll": "auto",
+        },
+        # mae_coef decides whether there is a mask token.
+        "diffusion": {
+            "sigma_data": 0.5,
+            "mae_coef": 0.1 if has_mask_token else 0.0,
+            **beside.get("diffusion", {}),
+        },
+        "data": {"space": "latents", "latent_scale": 0.18215, **beside.get("data", {})},
+        "sampling": sampling | beside.get("sampling", {}),
+    }
+    try:
+        return saved_config(sections)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _describe(options: dict[str, Any]) -> str:
     side, classes = options["image_size"], options["num_classes"]
     return (
         f"{model_name(options)}, {side}×{side}×{options['channels']}, "
-        f"{f'{classes} classes' if classes else 'unconditional'}, "
+        f"{f'{classes} class' + 'es' * (classes > 1) if classes else 'unconditional'}, "
         f"{'with' if options['use_mask_token'] else 'without'} mask token"
     )
 
@@ -245,22 +250,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path.parent / CONFIG
     if not file.is_file():
         return {}
+    content = read_json(file)
+    if content.get("file") != path.name:
+        return {}
+    step, weights = content.get("step"), content.get("weights")
+    if type(step) is not int or not 0 <= step < 2**31:  # what the counter of steps can hold
+        raise UserError(
+            f"{file} is damaged: step={shown(step)}, expected a whole number: mend it or move it away"
+        )
     try:
-        content = json.loads(file.read_text())
-        if content.get("file") != path.name:
-            return {}
-        config = content["config"]
-        sections = {
-            "model": ("num_heads", "decoder_num_heads"),
-            "diffusion": ("sigma_data", "mae_coef"),
-            "data": ("space", "latent_scale"),
-            "sampling": [f.name for f in dataclasses.fields(SamplerOptions) if f.name in config["sampling"]],
-        }
-        found = {s: {name: config[s][name] for name in names} for s, names in sections.items()}
-        weights = content["weights"] if content["weights"] in WEIGHTS else "ema"
-        return found | {"step": int(content["step"]), "weights": weights}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error!r}): mend it or move it away") from error
+        config = saved_config(content.get("config"))
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}: mend it or move it away") from None
+    sections = SAVED_WITH_WEIGHTS | {"model": dict.fromkeys(("num_heads", "decoder_num_heads"), int)}
+    found = {section: {name: config[section][name] for name in names} for section, names in sections.items()}
+    return found | {"step": step, "weights": weights if weights in tuple(WEIGHTS) else "ema"}
 
 
 def export_torch(model: "Model", path: str | Path) -> None:

@@ -6,10 +6,12 @@ is numpy arrays. A missing or unexpected key is a KeyError that names it.
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
+from maskdit_jax.log import counted
 from maskdit_jax.models.embed import position_table
 from maskdit_jax.models.maskdit import SIZES
 
@@ -39,6 +41,8 @@ TABLE = [
 
 
 Shapes = dict[str, tuple[int, ...]]
+# Beyond every network that exists; a file of many tiny tensors shall not make us build what it names.
+MAX_DEPTH, MAX_LEVELS, MAX_RESNETS = 1_000, 8, 32
 
 
 def read_options(shapes: Shapes) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def read_options(shapes: Shapes) -> dict[str, Any]:
       ValueError: one has a shape that no MaskDiT has.
     """
     hidden_size, channels, patch_size, other_side = _rank(shapes, "model.x_embedder.proj.weight", 4)
-    _, num_tokens, _ = _rank(shapes, "model.pos_embed", 3)
+    _, num_tokens, position_width = _rank(shapes, "model.pos_embed", 3)
     grid = math.isqrt(num_tokens)
     if patch_size != other_side or grid**2 != num_tokens or not grid or hidden_size % 4:
         raise ValueError(
@@ -60,20 +64,22 @@ def read_options(shapes: Shapes) -> dict[str, Any]:
             "square patches, a square number of positions (class tokens are not supported) and a width "
             "that 4 divides"
         )
+    _same_width("model.pos_embed", position_width, hidden_size)
     has_labels = "model.y_embedder.embedding_table.weight" in shapes
     options = {
         "image_size": grid * patch_size,
         "channels": channels,
         "patch_size": patch_size,
         "hidden_size": hidden_size,
-        "depth": _depth(shapes, "model.blocks."),
+        "depth": _depth(shapes, "model.blocks.", MAX_DEPTH),
         "num_classes": _rank(shapes, "model.y_embedder.embedding_table.weight", 2)[1] if has_labels else 0,
         "use_decoder": any(key.startswith("model.decoder_") for key in shapes),
         "use_mask_token": "model.mask_token" in shapes,
     }
     if options["use_decoder"]:
-        options["decoder_hidden_size"] = _rank(shapes, "model.decoder_layer.linear.weight", 2)[0]
-        options["decoder_depth"] = _depth(shapes, "model.decoder_blocks.")
+        options["decoder_hidden_size"] = width = _rank(shapes, "model.decoder_layer.linear.weight", 2)[0]
+        options["decoder_depth"] = _depth(shapes, "model.decoder_blocks.", MAX_DEPTH)
+        _same_width("model.decoder_pos_embed", _rank(shapes, "model.decoder_pos_embed", 3)[2], width)
     return options
 
 
@@ -83,7 +89,7 @@ def model_name(options: dict[str, Any]) -> str:
     for size, (depth, hidden_size, _) in SIZES.items():
         if (depth, hidden_size) == (options["depth"], options["hidden_size"]):
             return f"{family}-{size}/{options['patch_size']}"
-    return f"{family} of {options['depth']} blocks of width {options['hidden_size']}"
+    return f"{family} of {counted(options['depth'], 'block')} of width {options['hidden_size']}"
 
 
 def to_torch(params: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
@@ -128,24 +134,34 @@ def from_torch(tensors: dict[str, Any], *, patch_size: int) -> dict[str, Any]:
     return params
 
 
-def _rank(shapes, key, rank):
+def _rank(shapes: Shapes, key: str, rank: int) -> tuple[int, ...]:
     if len(shapes[key]) != rank:
         raise ValueError(f"{key} has shape {list(shapes[key])}, expected {rank} dimensions")
     return shapes[key]
 
 
-def _count(keys, prefix):
+def _same_width(key: str, width: int, expected: int) -> None:
+    """The table to compare with has the network's width, which must be that of the one in the file."""
+    if width != expected:
+        raise ValueError(f"{key} has width {width}, expected {expected}")
+
+
+def _count(keys: Collection[str], prefix: str) -> int:
     """Number of the blocks under `prefix`; a gap counts, so that what is missing can be named."""
     names = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
-    numbers = [int(name) for name in names if name.isdecimal() and len(name) < 5]
+    # Of names such as 07, or in other scripts, there would be two for one number.
+    numbers = [int(name) for name in names if len(name) < 5 and re.fullmatch("0|[1-9][0-9]*", name)]
     # A lone huge number is no block, but an unexpected key.
     return max((n + 1 for n in numbers if n < len(keys)), default=0)
 
 
-def _depth(keys, prefix):
-    if not _count(keys, prefix):
+def _depth(keys: Collection[str], prefix: str, at_most: int) -> int:
+    count = _count(keys, prefix)
+    if not count:
         raise KeyError(f"{prefix}0")
-    return _count(keys, prefix)
+    if count > at_most:
+        raise ValueError(f"it has {count:,} of {prefix}…, at most {at_most:,} are possible")
+    return count
 
 
 def _find(params, path):
@@ -227,19 +243,19 @@ def read_autoencoder_options(shapes: Shapes) -> dict[str, Any]:
       KeyError: a tensor that decides is missing.
       ValueError: one has a shape that no AutoencoderKL has.
     """
-    levels = range(_depth(shapes, "encoder.down_blocks."))
+    levels = range(_depth(shapes, "encoder.down_blocks.", MAX_LEVELS))
     first_conv = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     return {
         "image_channels": _rank(shapes, "encoder.conv_in.weight", 4)[1],
         "latent_channels": _rank(shapes, "post_quant_conv.weight", 4)[0],
         "block_out_channels": tuple(_rank(shapes, first_conv.format(i), 4)[0] for i in levels),
-        "layers_per_block": _depth(shapes, "encoder.down_blocks.0.resnets."),
+        "layers_per_block": _depth(shapes, "encoder.down_blocks.0.resnets.", MAX_RESNETS),
     }
 
 
 def autoencoder_to_torch(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Tensors, as diffusers stores them, of parameters of `AutoencoderKL`."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, dict):
             tensors |= autoencoder_to_torch(value, f"{prefix}{name}.")
@@ -258,7 +274,7 @@ def autoencoder_from_torch(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         if name == "weight":
             name = "scale" if value.ndim == 1 else "kernel"
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        node = params
+        node: dict[Any, Any] = params
         for parent in parents:
             node = node.setdefault(int(parent) if parent.isdecimal() else parent, {})
         node[name] = value

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from maskdit_jax.config import ConfigDict
-from maskdit_jax.errors import UserError
+from maskdit_jax.config import ConfigDict, saved_config
+from maskdit_jax.errors import UserError, first_line, shown
+from maskdit_jax.files import MAX_JSON_BYTES
 from maskdit_jax.log import log
 from maskdit_jax.training.digest import digest
 from maskdit_jax.training.hosts import everywhere, from_first
@@ -46,6 +48,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, keep_every_steps: int = 0):
         self.folder = Path(workdir).absolute() / FOLDER
+        for folder in (self.folder, self.folder.parent / DAMAGED_FOLDER):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
         if keep is None:
             self._options = ocp.CheckpointManagerOptions(create=False)
         else:
@@ -118,7 +123,7 @@ class Checkpoints:
             raise
         except Exception as error:
             if not self._failure:
-                self._failure = _one_line(error)
+                self._failure = _first_line(error)
                 log.warning(f"warning: checkpoint {self._saving:,} could not be written: {self._failure}")
 
     def newest_healthy(self, read: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
@@ -134,18 +139,24 @@ class Checkpoints:
                 return step, meta, read(step, meta)
             except DamagedError as error:
                 log.warning(f"warning: passed over: {error}")
+        if len(steps) == 1:
+            raise UserError(f"the only checkpoint in {self.folder}, step {steps[0]:,}, cannot be read")
         raise UserError(f"none of the {len(steps)} checkpoints in {self.folder} can be read")
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a step says of itself.
 
         Raises:
-          DamagedError: it cannot be read, or it was altered.
+          DamagedError: it cannot be read, it was altered, or it does not hold what a step says.
         """
         meta = self._read(step, "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
         digests = meta.get("digests") if isinstance(meta, dict) else None
         if not isinstance(digests, dict) or _meta_digest(meta) != digests.get("meta"):
             raise self._damaged(step, "meta", "it is not what was written, or written without digests")
+        try:
+            _check_meta(meta)
+        except UserError as error:
+            raise self._damaged(step, "meta", str(error)) from error
         return meta
 
     def restore(self, step: int, meta: dict[str, Any], shapes: TrainState) -> TrainState:
@@ -169,7 +180,7 @@ class Checkpoints:
 
     def _restore(self, step: int, meta: dict[str, Any], item: str, shapes: Any) -> Any:
         restored = self._read(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(shapes))
-        if digest(restored) != meta["digests"][item]:
+        if digest(restored) != meta["digests"].get(item):
             raise self._damaged(step, item, "its values are not those that were saved")
         return restored
 
@@ -182,6 +193,7 @@ class Checkpoints:
         )
         problem, content = "", None
         try:
+            _check_files(self.folder / str(step) / item)
             with ocp.Checkpointer(
                 handler(multiprocessing_options=alone), multiprocessing_options=alone
             ) as reader:
@@ -189,7 +201,7 @@ class Checkpoints:
         except _NOT_OF_FILES:
             raise
         except Exception as error:
-            problem = _one_line(error)
+            problem = _first_line(error)
         if not everywhere(not problem):
             raise self._damaged(step, item, problem or "another process cannot read it")
         return content
@@ -230,6 +242,36 @@ def open_run(workdir: str | Path) -> Checkpoints:
     return checkpoints
 
 
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Compare with what `Checkpoints.save` and `save_weights` are given.
+
+    Raises:
+      UserError: something else is there.
+    """
+    saved_config(meta.get("config"))
+    if not meta["digests"].keys() & WEIGHTS.values():
+        raise UserError("it has digests of no weights")
+    if "imported_from" in meta:
+        return
+    items, seconds = meta.get("items_consumed"), meta.get("seconds")
+    if type(items) is not int or not 0 <= items < 2**63:
+        raise UserError(f"items_consumed={shown(items)}, expected a whole number")
+    if type(seconds) is not float or not 0 < seconds < math.inf:
+        raise UserError(f"seconds={shown(seconds)}, expected a number above 0")
+
+
+def _check_files(item: Path) -> None:
+    """Look before Orbax does: it would wait for ever at a pipe, and read JSON of any size.
+
+    Folders named d hold the arrays' values.
+    """
+    for file in item.rglob("*"):
+        if not file.is_file() and not file.is_dir():
+            raise UserError(f"{file.name} is neither a file nor a folder")
+        if file.parent.name != "d" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{file.name} has {file.stat().st_size:,} bytes")
+
+
 def _counters(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("nonfinite_in_row", "nonfinite_total", "step")}
 
@@ -239,11 +281,9 @@ def _meta_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta | {"digests": digests}, sort_keys=True).encode()).hexdigest()
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of an error, or of the one that caused it; of a long one the end, which says most."""
-    error = error.__cause__ or error
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text if len(text) < 300 else f"… {text[-300:]}"
+def _first_line(error: BaseException) -> str:
+    """Of the error that caused it, where there is one: Orbax's own then says no more than where."""
+    return first_line(error.__cause__ or error)
 
 
 def check_same_model(saved: ConfigDict, config: ConfigDict, where: str) -> None:

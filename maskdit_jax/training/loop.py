@@ -15,7 +15,7 @@ from maskdit_jax.data.autoencoder import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import Batch, Source, open_source
 from maskdit_jax.errors import UserError
-from maskdit_jax.log import log
+from maskdit_jax.log import counted, log
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
 from maskdit_jax.training.hosts import PREEMPTED, Preemption
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path, peers: Peers, source: Source | None
                 _stop(checkpoints, step, saved_step)
             state, metrics = training.step(state, next(device_batches), training.num_keep(step))
             step, items = step + 1, items + config.training.batch_size
-            arrived = [reporter.add(metrics)]
+            arrived = reporter.add(metrics)
             checkpoints.poll()
             checkpoint_due = step % config.checkpoint.every_steps == 0
             preview_due = config.report.preview_steps and step % config.report.preview_steps == 0
@@ -91,13 +91,14 @@ def train(config: ConfigDict, workdir: Path, peers: Peers, source: Source | None
                 arrived += reporter.drain()
             _stop_if_diverged(arrived, config.training.max_nonfinite_steps, checkpoints)
             with reporter.off_the_clock():
-                # The update before skipped ones may have ruined the weights: older checkpoints stay.
-                if step == steps or (checkpoint_due and not arrived[-1]["nonfinite_in_row"]):
-                    save()
+                # Before the checkpoint: a run killed between the two then makes both again.
                 if preview_due:
                     ema_params = jax.device_put(state.ema_params, whole_sharding(training.mesh))
                     model = Model(config, ema_params, training.mesh, autoencoder=autoencoder)
                     reporter.grid(step, sample_grid(model))
+                # The update before skipped ones may have ruined the weights: older checkpoints stay.
+                if step == steps or (checkpoint_due and not int(state.nonfinite_in_row)):
+                    save()
         if problem := checkpoints.settle():
             raise UserError(
                 f"the last step, {step:,}, could not be saved: {problem}; the same command goes on from step "
@@ -122,7 +123,8 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
         checkpoints.set_aside_after(step)
         log.info(
             f"resumed at step {step:,} from {checkpoints.folder}; the data go on at item "
-            f"{meta['items_consumed']:,} of the run's order, for {jax.process_count()} process(es)"
+            f"{meta['items_consumed']:,} of the run's order, for "
+            f"{jax.process_count()} {'process' if jax.process_count() == 1 else 'processes'}"
         )
         return state, meta["items_consumed"], meta["seconds"]
     if config.init_from:
@@ -194,15 +196,15 @@ def _describe(config: ConfigDict, training: Training, num_items: int) -> str:
     levels = ", ".join(str(k) for k in training.keep_levels)
     return (
         f"{count:,} parameters · {num_items:,} items of {config.data.source} · batch "
-        f"{config.training.batch_size} on {training.mesh.size} {jax.default_backend()} device(s), data "
-        f"{config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {tokens}: "
-        f"{len(training.keep_levels)} compiled program(s)\n"
+        f"{config.training.batch_size} on {counted(training.mesh.size, f'{jax.default_backend()} device')}, "
+        f"data {config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {tokens}: "
+        f"{counted(len(training.keep_levels), 'compiled program')}\n"
         + describe_placement(training.state_shapes, training.mesh)
     )
 
 
-def _stop_if_diverged(arrived: list, limit: int, checkpoints: Checkpoints) -> None:
-    worst = max((m["nonfinite_in_row"] for m in arrived if m), default=0)
+def _stop_if_diverged(arrived: list[dict[str, float]], limit: int, checkpoints: Checkpoints) -> None:
+    worst = max((m["nonfinite_in_row"] for m in arrived), default=0)
     if worst >= limit:
         newest = max(checkpoints.steps, default=None)
         raise UserError(

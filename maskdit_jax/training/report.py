@@ -12,7 +12,7 @@ import numpy as np
 
 from maskdit_jax.api import Model
 from maskdit_jax.data.images import save_png, tile, to_uint8
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.log import duration, log
 from maskdit_jax.training.step import Metrics
 
@@ -45,12 +45,12 @@ class Reporter:
         self._first_timed_step: int | None = None
         self._started = self._interval_started = 0.0
 
-    def add(self, metrics: Metrics) -> dict[str, float] | None:
-        """Take the metrics of the step just dispatched; return those of an earlier step, now arrived."""
+    def add(self, metrics: Metrics) -> list[dict[str, float]]:
+        """Take the metrics of the step just dispatched; return those of an earlier step, if any arrived."""
         for value in metrics.values():
             value.copy_to_host_async()
         self._waiting.append(metrics)
-        return self._arrive() if len(self._waiting) > IN_FLIGHT else None
+        return [self._arrive()] if len(self._waiting) > IN_FLIGHT else []
 
     def drain(self) -> list[dict[str, float]]:
         """Wait for all steps taken; their metrics."""
@@ -116,7 +116,7 @@ class Reporter:
         try:
             yield
         except Exception as error:  # clu raises what its thread met, of any kind
-            log.warning(f"warning: {what} could not be written: {error}")
+            log.warning(f"warning: {what} could not be written: {first_line(error)}")
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -150,6 +150,8 @@ def sample_grid(model: Model) -> np.ndarray:
 
 def _tensorboard_writer(folder: Path):
     """clu's TensorBoard writer, in a thread of its own; the only place that imports TensorFlow."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf
