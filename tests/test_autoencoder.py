@@ -174,6 +174,7 @@ def latent_model(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_sample_decodes_to_pixels_with_vae(latent_model, folder, autoencoder, tmp_path, caplog, capsys):
     options = {"num_steps": 2, "solver": "euler", "cfg_scale": 1.0}
     flags = [f"--{name}={value}" for name, value in options.items()] + [f"--workdir={latent_model}"]
@@ -190,6 +191,7 @@ def test_sample_decodes_to_pixels_with_vae(latent_model, folder, autoencoder, tm
     assert [p.name for p in (tmp_path / "latents").iterdir()] == ["samples.npz"]
 
 
+@pytest.mark.slow
 def test_training_shows_pixels_when_the_config_names_an_autoencoder(folder, tmp_path):
     moments = np.random.default_rng(0).standard_normal((16, 2, 8, 8, 8), np.float32)
     (tmp_path / "data").mkdir()

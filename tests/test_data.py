@@ -341,6 +341,7 @@ def test_report_tells_a_sound_shard_from_an_altered_one(folder):
     assert read_report(folder, name, verify=False) is None
 
 
+@pytest.mark.slow
 def test_index_of_all_imagenet_opens_in_seconds_and_little_memory(tmp_path):
     """2.56 million items of 32×32×8 float16 in 313 shards; the files are holes of the right size."""
     names = shard_names(313)

@@ -224,17 +224,20 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
-        ("--seeds=1,two", "--seeds=1,two: expected integers such as"),
-        ("--seeds=5-3", "--seeds=5-3: expected integers such as"),
+        ("--seeds=1,two", "--seeds=1,two: expected integers up to 4294967295, such as"),
+        ("--seeds=5-3", "--seeds=5-3: expected integers up to 4294967295, such as"),
+        ("--seeds=0-4294967295", "4,294,967,296 numbers; at most 10,000,000"),
         ("--seeds=-4", "seeds must be one or more integers from 0"),
-        ("--labels=cat", "--labels=cat: expected integers such as"),
+        ("--labels=cat", "--labels=cat: expected integers up to"),
         ("--labels=10", "labels 10 … 10: the model knows 0 … 9"),
         ("--labels=1,2", "2 labels for 64 seeds"),
-        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler"),
-        ("--num_steps=0", "num_steps=0 must be at least 1"),
-        ("--batch_size=0", "--batch_size=0 must be at least 1"),
+        ("--solver=dpm", "solver='dpm': expected one of heun, euler"),
+        ("--num_steps=0", "num_steps=0: expected a whole number from 1 to 10,000"),
+        ("--batch_size=0", "--batch_size=0: expected 1 … 65,536"),
         ("--format=jpg", "--format=jpg: 'jpg' is unknown; known: png, npz, grid"),
         ("--guidance_interval=3", "--guidance_interval=3: expected LOW,HIGH"),
+        ("--guidance_interval=", "--guidance_interval=: expected LOW,HIGH"),
+        ("--rho=1e-30", "rho=1e-30: the 2 noise levels that they make do not fall"),
     ],
 )
 def test_sample_refuses_what_cannot_be_sampled(run, capsys, tmp_path, flag, named):

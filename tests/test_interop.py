@@ -33,8 +33,15 @@ SMALL |= {"num_classes": 10, "decoder_hidden_size": 16, "decoder_depth": 1, "dec
 HEADS = {"num_heads": 4, "decoder_num_heads": 2}
 PLAIN_DIT = {"use_decoder": False, "use_mask_token": False}
 # Every patch size, and every set of tensors that a model can have; widths and depths are test_golden.py's.
-VARIANTS = [("S/2", {}), ("S/4", {"num_classes": 0}), ("S/8", {"use_mask_token": False})]
-VARIANTS += [("S/2", PLAIN_DIT), ("S/2", PLAIN_DIT | {"num_classes": 0})]
+VARIANTS = [("S/2", {}), ("S/2", PLAIN_DIT)]
+VARIANTS += [
+    pytest.param(size, options, marks=pytest.mark.slow)
+    for size, options in (
+        ("S/4", {"num_classes": 0}),
+        ("S/8", {"use_mask_token": False}),
+        ("S/2", PLAIN_DIT | {"num_classes": 0}),
+    )
+]
 
 
 def random_tensors(options: dict, seed: int = 0) -> dict[str, np.ndarray]:
@@ -153,6 +160,7 @@ def test_exported_run_in_plain_torch(run, tmp_path, monkeypatch, capsys):
     assert np.abs(difference["ema"] - difference["model"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_imported_run_goes_on_like_a_run(run, tmp_path, monkeypatch, capsys):
     """Export by the tool, import by the tool: the same samples, and a run starts from it, saying how."""
     out = tmp_path / "out/digits.safetensors"

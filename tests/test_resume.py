@@ -71,6 +71,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(stopped, run, capsys):
     assert difference(arrays_of(workdir), arrays_of(run)) == 0
 
 
+@pytest.mark.slow
 def test_run_goes_on_on_another_mesh(stopped, run, capsys):
     """From 8×1 to 2×4 devices (data × fsdp)."""
     workdir, step = stopped

@@ -26,6 +26,9 @@ _ARRAYS = ("params", "ema_params", "opt_state")
 # Orbax and TensorStore raise errors of any kind, bare `Exception` too, for files that are missing, cut
 # short, altered or cannot be written; these do not speak of files.
 _NOT_OF_FILES = (jax.errors.JaxRuntimeError, MemoryError)
+# Of an array that several devices hold whole, Orbax lets each write a part. To cut it into smaller parts than
+# this, by a program for each shape and device, takes longer than to write it.
+_MIN_PART_BYTES = 2**20
 T = TypeVar("T")
 
 
@@ -57,6 +60,8 @@ class Checkpoints:
             self._options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
             )
+            handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_PART_BYTES)
+            ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
         self._saving: int | None = None  # the step being written
         self._failure = ""  # of the newest attempt to write one
