@@ -7,6 +7,7 @@ compiled alike on both sides. tests/golden_through_import.py and README's comman
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -46,6 +47,14 @@ def _console_as_it_was():
     yield
     log.handlers, log.propagate = before[:2]
     log.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_given_back():
+    """A file's programs are not the next one's, and what these share is on disk: else all of them add up."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
