@@ -261,7 +261,9 @@ def test_moments_are_drawn_anew_at_every_step():
     )
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "mlp", "unroll": "full"}])
+@pytest.mark.parametrize(
+    "options", [{"remat": "mlp", "unroll": "full"}, pytest.param({"remat": "full"}, marks=pytest.mark.slow)]
+)
 def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     """The same losses and gradients from one set of parameters."""
 
@@ -275,6 +277,7 @@ def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     assert_trees_close(gradient(options), reference, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_half_precision_stays_close_and_keeps_float32_parameters():
     half = make_train_step(network_graph(TINY | {"precision": "bfloat16"}), adamw(), OPTIONS, ONE_DEVICE)
     state = init_state(trained_params(), adamw())

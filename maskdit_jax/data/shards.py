@@ -257,7 +257,8 @@ def load_array(file: Path) -> np.ndarray:
     try:
         if not file.is_file():
             raise FileNotFoundError
-        return np.lib.format.open_memmap(file, mode="r")
+        with np.errstate(over="ignore"):  # of a size that is a lie; the file is then found too short
+            return np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # numpy reads the header as Python: damage makes it raise nearly anything
         size = file.stat().st_size if file.is_file() else 0
         raise UserError(f"data.source: {file} is missing, cut short or damaged: {size:,} bytes") from error
