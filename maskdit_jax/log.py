@@ -35,6 +35,6 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
-def counted(count: int, noun: str) -> str:
-    """Such as "1 block" or "1,281 blocks"; `noun` is the singular of a word that takes an s."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Such as "1 block" or "1,281 blocks"; `plural` for a word that takes more than an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         agree(data_identity(config, source))
         first = jax.process_index() == 0
         with locked(flags.workdir) if first else contextlib.nullcontext():
-            train(config, flags.workdir, peers, source)
+            train(config, flags.workdir, source, peers)
             finish(flags.workdir)
 
 

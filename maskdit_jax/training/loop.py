@@ -25,18 +25,17 @@ from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
 
 
-def train(config: ConfigDict, workdir: Path, peers: Peers, source: Source | None = None) -> None:
+def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> None:
     """Run `config`, resolved, in the folder `workdir` up to its last step; continue if it has begun.
 
-    `source` is what `open_configured_source` gives, where the caller has opened it already.
+    `source` is what `open_configured_source` gives.
 
     Raises:
-      UserError: the data, the folder or the run to start from do not fit, too many steps in a row
+      UserError: the folder, the run to start from or the memory do not fit, too many steps in a row
         were not finite, or the last step could not be saved.
       SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
     """
     steps = config.training.num_steps
-    source = source or open_configured_source(config)
     training = build(config)
     check_fits(training.state_shapes)
     # Opened now, so that a wrong folder stops the run before it begins.
@@ -124,7 +123,7 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
         log.info(
             f"resumed at step {step:,} from {checkpoints.folder}; the data go on at item "
             f"{meta['items_consumed']:,} of the run's order, for "
-            f"{jax.process_count()} {'process' if jax.process_count() == 1 else 'processes'}"
+            f"{counted(jax.process_count(), 'process', 'processes')}"
         )
         return state, meta["items_consumed"], meta["seconds"]
     if config.init_from:
