@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
+from maskdit_jax.models.blocks import gelu
 from maskdit_jax.models.masking import random_mask, restore_tokens
 from maskdit_jax.training.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.training.optimizer import (
@@ -174,6 +175,14 @@ def test_restoring_puts_every_visible_token_back_and_filler_elsewhere():
     restored = restore_tokens(kept, mask, jnp.full(4, 7.0))
     hidden = mask.hidden[..., None] == 1
     np.testing.assert_array_equal(restored, jnp.where(hidden, 7.0, tokens))
+
+
+def test_gelu_in_half_precision_has_the_derivative_of_float32_rounded_once():
+    x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
+    derivative = jax.vjp(gelu, x)[1](jnp.ones_like(x))[0]
+    exact = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x)))(x.astype(jnp.float32))
+    assert derivative.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(derivative), np.asarray(exact.astype(jnp.bfloat16)))
 
 
 def test_gradient_of_restoring_equals_autodiff_of_a_scatter():
