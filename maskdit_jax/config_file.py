@@ -140,7 +140,7 @@ def _explain(error: BaseException) -> str:
         if unknown:
             name = unknown[1] or unknown[2]
             names = {part for option in _options() for part in option.split(".")}
-            return f"there is no option {name!r}; nearest: {known(name, names, how_many=3)}"
+            return f"there is no option {shown(repr(name))}; nearest: {known(name, names, how_many=3)}"
     if isinstance(error, TypeError):
         wrong = re.match(r"Could not override field '(\w+)'.*?\. (.*?) is of ", text, re.DOTALL)
         kinds = {type(v) for name, v in _options().items() if wrong and name.split(".")[-1] == wrong[1]}
@@ -150,8 +150,8 @@ def _explain(error: BaseException) -> str:
         if wrong:
             return f"{wrong[1]} is a section of options: set those in it, or call its update(…)"
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg}"
-    kind, line = type(error).__name__, first_line(error)
+        return f"{type(error).__name__}: {shown(error.msg, 150)}"
+    kind, line = type(error).__name__, first_line(error, 150)
     return (kind if line == kind else f"{kind}: {line}") + _nearest(error)
 
 
@@ -170,7 +170,7 @@ def _nearest(error: BaseException) -> str:
         found = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
     else:
         found = dir(error.obj)
-    return f"; nearest: {known(name, found, how_many=3)}"
+    return f"; nearest: {shown(known(name, found, how_many=3), 150)}"
 
 
 def _check_options(config: ConfigDict, path: str) -> None:
@@ -179,7 +179,8 @@ def _check_options(config: ConfigDict, path: str) -> None:
     for name in found:
         if name not in wanted:
             raise UserError(
-                f"--config={path}: there is no option {name!r}; nearest: {known(name, wanted, how_many=3)}"
+                f"--config={path}: there is no option {shown(repr(name))}; nearest: "
+                f"{known(name, wanted, how_many=3)}"
             )
     for name, default in wanted.items():
         if name not in found:
@@ -219,7 +220,7 @@ def _apply(config: ConfigDict, override: str) -> None:
     name = flag.removeprefix("--config.")
     if not flag.startswith("--config.") or name not in options:
         near = known(name, [f"--config.{n}" for n in options], how_many=3)
-        raise UserError(f"unknown option {flag}; nearest: {near}")
+        raise UserError(f"unknown option {shown(flag)}; nearest: {near}")
     if not separator:
         raise UserError(f"{flag} needs a value: {flag}=VALUE")
     _section(config, name)[name.rpartition(".")[2]] = _parse(flag, text, type(options[name]))

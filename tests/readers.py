@@ -348,3 +348,16 @@ def autoencoder_files() -> dict[str, bytes]:
 
 
 READERS["autoencoder"] = Reader(lambda folder: copy_of(autoencoder_files(), folder / "vae"), load_autoencoder)
+
+
+# A configuration, whose mistakes tests/test_config_file.py has by hand
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "mine.py"
+    folder.mkdir(exist_ok=True)
+    path.write_bytes((ROOT / "configs" / "digits.py").read_bytes())
+    return path
+
+
+READERS["config"] = Reader(write_config, lambda path: resolve(load_config(str(path)), device_count=1))
