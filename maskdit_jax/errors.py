@@ -35,10 +35,13 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """What an error says in its first line, at most `length` characters; its type where it says nothing."""
+    """What an error says in its first line, at most `length` characters; its type where it says nothing.
+
+    Of a long line the beginning and the end are kept: the cause, "No space left on device", comes last.
+    """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     line = printable(line) or type(error).__name__
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+    return line if len(line) <= length else f"{line[: length // 3]} … {line[length // 3 + 3 - length :]}"
 
 
 def shown(value: object, length: int = 80) -> str:
