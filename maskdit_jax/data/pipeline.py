@@ -47,6 +47,8 @@ def batches(
             cause = f"{type(error).__name__}: {error}"
             raise UserError(f"reading from item {start:,} of the run's order of the data: {cause}") from error
 
+    # Grain's own shuffle and its reading item by item cost 13-31 µs an item on a CPU, whole batches in an
+    # order of our own 3: it only runs the threads here.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
 

@@ -40,6 +40,7 @@ def draw_noisy_batch(
     batch_size = latents.shape[0]
     sigma = draw_sigma(sigma_key, batch_size, P_mean, P_std)
     noise = jax.random.normal(noise_key, latents.shape)
+    # Here and nowhere else: dropped once more in the network, as some codes do, 19 % would be lost, not 10.
     dropped = jax.random.bernoulli(label_key, label_dropout, (batch_size,))
     mask = None
     if num_keep < num_tokens:
@@ -80,6 +81,7 @@ def maskdit_loss(
     noisy = patchify(batch.noisy, patch_size)
     if noisy.shape[-1] == 1:  # one value has no variance to be standardised by
         return denoise_loss, {"denoise_loss": denoise_loss}
+    # n - 1 and 1e-6 as in MAE, whose reconstruction target this is; a flat patch has no variance at all.
     variance = noisy.var(axis=-1, ddof=1, keepdims=True)
     target = (noisy - noisy.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
     reconstruction = jnp.square(patchify(denoised, patch_size) - target).mean(axis=-1)

@@ -52,6 +52,7 @@ def integrate(
     """
     num_steps, dtype = len(sigmas) - 1, noise.dtype
     churned = (S_min <= sigmas[:-1]) & (sigmas[:-1] <= S_max)
+    # At most √2 - 1: churning never more than doubles the variance of the noise (EDM, alg. 2).
     gamma = np.where(churned, min(S_churn / num_steps, math.sqrt(2) - 1), 0.0)
     raised = sigmas[:-1] * (1 + gamma)
     added = S_noise * np.sqrt(raised**2 - sigmas[:-1] ** 2)

@@ -15,6 +15,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     The trace of the root comes from the eigenvalues of the symmetric matrix cov1^½·cov2·cov1^½,
     which singular covariances do not upset (FID: arXiv 1706.08500).
     """
+    # Rounding makes eigenvalues that are zero slightly negative, and their roots NaN: hence the clips.
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = np.linalg.eigvalsh(root @ cov2 @ root)

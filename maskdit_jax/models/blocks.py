@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maskdit_jax.models.embed import Linear
 
 MLP_RATIO = 4
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # PyTorch's default is 1e-5, with which published weights would give other images
 REMAT_POLICIES = ("none", "mlp", "full")
 UNROLL_CHOICES = ("auto", "full", "none")
 # What the "mlp" policy keeps; only fc1's output and the GELU are computed again.

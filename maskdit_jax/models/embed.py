@@ -76,6 +76,7 @@ def noise_features(c_noise: jax.Array) -> jax.Array:
     """Sinusoidal features [B, 256] of the conditioning value c_noise [B]: cosines, then sines."""
     half = NOISE_FEATURES // 2
     frequencies = jnp.exp(-math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    # In float32 whatever the network computes in: neighbouring noise levels are one number in bfloat16.
     angles = c_noise.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

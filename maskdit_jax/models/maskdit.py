@@ -119,6 +119,8 @@ class MaskDiT(nnx.Module):
         positions = jnp.broadcast_to(
             self.positions(self.hidden_size), (batch, self.grid**2, self.hidden_size)
         )
+        # Patches are dropped before the linear map, positions before they are added: nothing is computed for
+        # what is hidden, and the gather is of inputs and constants, which need no gradient.
         patches = keep_tokens(patchify(x, self.patch_size), mask)
         return self.patch_embedding(patches) + keep_tokens(positions, mask)
 

@@ -28,6 +28,7 @@ def make_optimizer(
 
 def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> optax.Schedule:
     """Constant after a linear warm-up over `warmup_kimg` thousand items; the first update already moves."""
+    # At least one step: without a warm-up the first update has the whole rate.
     warmup_steps = max(warmup_kimg * 1000 / batch_size, 1)
     return lambda count: peak * jnp.minimum((count + 1) / warmup_steps, 1.0)
 

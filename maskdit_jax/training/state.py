@@ -48,4 +48,5 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 def update_ema(ema_params: Params, params: Params, decay: float) -> Params:
     """decay·ema + (1 - decay)·params, in float32."""
+    # Not decay·e + (1 - decay)·p: what does not change stays the same to the last bit this way.
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)

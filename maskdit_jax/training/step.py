@@ -64,6 +64,8 @@ def make_train_step(
         state: TrainState, batch: dict[str, jax.Array], num_keep: int
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        # Split also where the latents are given and nothing is drawn from a posterior: the other draws of
+        # a run do not depend on whether its latents were cached as moments.
         posterior_key, draw_key = jax.random.split(key)
         noisy_batch = draw_noisy_batch(
             draw_key,
