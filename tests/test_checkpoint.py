@@ -51,6 +51,17 @@ def test_newest_are_kept_and_every_fourth_for_good(run):
     assert Checkpoints(run).steps == [4, 8, 9]
 
 
+@pytest.mark.parametrize("notes", [b'{"commit_timestamp_nsecs": "x"}', b"[" * 100_000, b"\xff", b""])
+def test_what_orbax_notes_of_a_step_may_be_damaged(notes, copy):
+    """It would otherwise hide every step of the run."""
+    (copy / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_bytes(notes)
+    assert load_model(copy).origin.step == 9
+    checkpoints = Checkpoints(copy, keep=1)
+    assert checkpoints.steps == [4, 8, 9]
+    checkpoints.set_aside_after(8)
+    assert checkpoints.steps == [4, 8]
+
+
 def test_sampling_reads_the_ema_alone(copy):
     """Nothing else of the checkpoint needs to be there."""
     expected = size_of(load_model(copy))

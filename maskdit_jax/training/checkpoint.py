@@ -55,16 +55,23 @@ class Checkpoints:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
         if keep is None:
-            self._options = ocp.CheckpointManagerOptions(create=False)
+            self._options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True)
         else:
             self._options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
+                max_to_keep=keep,
+                keep_period=keep_every_steps or None,
+                cleanup_tmp_directories=True,
+                # Without what Orbax writes of itself beside a step: damaged, it would hide all steps.
+                lightweight_initialize=True,
             )
             handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_PART_BYTES)
             ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        self._open()
         self._saving: int | None = None  # the step being written
         self._failure = ""  # of the newest attempt to write one
+
+    def _open(self) -> None:
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
     @property
     def steps(self) -> list[int]:
@@ -115,7 +122,7 @@ class Checkpoints:
             with self._reported():
                 self._manager.close()
             # A new manager removes the unfinished files, which may be what fills the disk.
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+            self._open()
         self._saving = None
         return self._failure
 
@@ -224,7 +231,8 @@ class Checkpoints:
                 same = len(list(aside.glob(f"{damaged}.*")))
                 (self.folder / str(damaged)).rename(aside / f"{damaged}.{same}")
         if everywhere(bool(later)):
-            self._manager.reload()
+            self._manager.close()
+            self._open()
             log.warning(
                 f"warning: moved damaged checkpoints {later} to {self.folder.parent / DAMAGED_FOLDER}"
             )
