@@ -21,7 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # The older emitters make a third of the LLVM code. A flag that XLA does not know would end the process, so
 # only those versions get it that are known to have it.
-if jaxlib.version.__version_info__ < (0, 12):
+if jaxlib.version.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402, what is set above counts when JAX starts
