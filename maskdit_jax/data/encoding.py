@@ -86,7 +86,7 @@ def encode_images(
         are = "is" if missing == 1 else "are"
         log.info(
             f"part {index}/{count} is complete; {missing} of {counted(len(names), 'shard')} {are} left for "
-            " other processes"
+            "other processes"
         )
         return
     stats = finish_shards(

@@ -30,7 +30,7 @@ from maskdit_jax.interop.torch_io import (
     shapes_of,
     write_file,
 )
-from maskdit_jax.log import log
+from maskdit_jax.log import counted, log
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints
 from maskdit_jax.training.state import Params, init_params
@@ -226,7 +226,7 @@ def _describe(options: dict[str, Any]) -> str:
     side, classes = options["image_size"], options["num_classes"]
     return (
         f"{model_name(options)}, {side}×{side}×{options['channels']}, "
-        f"{f'{classes} class' + 'es' * (classes > 1) if classes else 'unconditional'}, "
+        f"{counted(classes, 'class', 'classes') if classes else 'unconditional'}, "
         f"{'with' if options['use_mask_token'] else 'without'} mask token"
     )
 

@@ -120,7 +120,7 @@ def _import_torch(path: Path):
         import torch
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{path}: this format needs PyTorch: pip install 'maskdit_jax[torch]', or use .safetensors"
+            f"{path}: this format needs PyTorch: pip install torch, or use .safetensors"
         ) from error
     return torch
 
