@@ -112,8 +112,13 @@ def reference_samples() -> np.ndarray:
     return small_model(8, []).sample(SEEDS, LABELS, batch_size=64, **GUIDED_AND_STOCHASTIC)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("batch_size", "num_devices"),
+    [
+        *[(1, 1), (7, 8)],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 8), (7, 1), (64, 1), (64, 8)]),
+    ],
+)
 def test_image_is_the_same_at_any_batch_size_and_mesh(reference_samples, num_devices, batch_size):
     model = small_model(num_devices, [])
     assert model.mesh.size == num_devices

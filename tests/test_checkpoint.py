@@ -116,6 +116,7 @@ def test_a_file_in_place_of_a_folder_stops_the_run_before_it_begins(name, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_on_disk_has_its_preview(tmp_path, monkeypatch):
     """However early the run is killed after that: here the moment the checkpoint is complete."""
 

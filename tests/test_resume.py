@@ -142,6 +142,7 @@ def test_resuming_with_another_model_is_refused_and_touches_no_checkpoint(copy, 
     assert len(arrays_of(copy)) > 100
 
 
+@pytest.mark.slow
 def test_training_that_stays_non_finite_stops_and_leaves_the_last_good_checkpoint(copy, capsys):
     """An update that ruins the weights: no checkpoint holds what came after."""
     before = arrays_of(copy)

@@ -270,9 +270,8 @@ def test_moments_are_drawn_anew_at_every_step():
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"remat": "mlp", "unroll": "full"}, pytest.param({"remat": "full"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"remat": "mlp", "unroll": "full"}, {"remat": "full"}])
 def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     """The same losses and gradients from one set of parameters."""
 
