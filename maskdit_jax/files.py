@@ -34,6 +34,16 @@ def appears_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_folder(path: Path) -> None:
+    """Make sure that a folder is or can be made there.
+
+    Raises:
+      UserError: something else is.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is in the way, where a folder belongs: move it away")
+
+
 def remove(path: Path) -> None:
     """Delete a file or a whole folder; nothing when there is none."""
     if path.is_dir():

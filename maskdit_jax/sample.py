@@ -16,7 +16,7 @@ import numpy as np
 from maskdit_jax.api import MAX_BATCH_SIZE, MAX_SEED, Model, load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.samplers import SamplerOptions, count_denoiser_calls
-from maskdit_jax.errors import Parser, UserError
+from maskdit_jax.errors import Parser, UserError, shown
 from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
@@ -119,13 +119,12 @@ def parse_integers(flag: str, text: str) -> np.ndarray:
                 raise ValueError
             ranges.append((start, end + 1))
     except ValueError:
-        shown = text if len(text) < 60 else f"{text[:59]}…"
         raise UserError(
-            f"{flag}={shown}: expected integers up to {MAX_SEED}, such as 0-49999 or 3,5,7-9"
+            f"{flag}={shown(text)}: expected integers up to {MAX_SEED}, such as 0-49999 or 3,5,7-9"
         ) from None
     count = sum(end - start for start, end in ranges)
     if count > MAX_NUMBERS:
-        raise UserError(f"{flag}={text[:60]}: {count:,} numbers; at most {MAX_NUMBERS:,} in one command")
+        raise UserError(f"{flag}={shown(text)}: {count:,} numbers; at most {MAX_NUMBERS:,} in one command")
     return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in ranges])
 
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from maskdit_jax.config import ConfigDict, saved_config
 from maskdit_jax.errors import UserError, first_line, shown
-from maskdit_jax.files import MAX_JSON_BYTES
+from maskdit_jax.files import MAX_JSON_BYTES, check_folder
 from maskdit_jax.log import log
 from maskdit_jax.training.digest import digest
 from maskdit_jax.training.hosts import everywhere, from_first
@@ -51,9 +51,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, keep_every_steps: int = 0):
         self.folder = Path(workdir).absolute() / FOLDER
-        for folder in (self.folder, self.folder.parent / DAMAGED_FOLDER):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
+        check_folder(self.folder)
+        check_folder(self.folder.parent / DAMAGED_FOLDER)
         if keep is None:
             self._options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True)
         else:

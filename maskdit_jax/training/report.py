@@ -13,6 +13,7 @@ import numpy as np
 from maskdit_jax.api import Model
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.errors import UserError, first_line
+from maskdit_jax.files import check_folder
 from maskdit_jax.log import duration, log
 from maskdit_jax.training.step import Metrics
 
@@ -150,8 +151,7 @@ def sample_grid(model: Model) -> np.ndarray:
 
 def _tensorboard_writer(folder: Path):
     """clu's TensorBoard writer, in a thread of its own; the only place that imports TensorFlow."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is in the way, where a folder belongs: move it away")
+    check_folder(folder)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf
