@@ -7,8 +7,8 @@ from maskdit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from maskdit_jax.api import Model, load
-    from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
-    from maskdit_jax.interop.exchange import export_torch, import_torch
+    from maskdit_jax.data.codec import Autoencoder, load_autoencoder
+    from maskdit_jax.exchange import export_torch, import_torch
 
 __version__ = "0.1.0"
 __all__ = ["Autoencoder", "Model", "UserError", "export_torch", "import_torch", "load", "load_autoencoder"]
@@ -16,12 +16,12 @@ __all__ = ["Autoencoder", "Model", "UserError", "export_torch", "import_torch", 
 # Where each name lives. It is imported when it is first used: who wants the network alone, or a flag's
 # help, does not wait for Orbax.
 _HOMES = {
-    "Autoencoder": "data.autoencoder",
+    "Autoencoder": "data.codec",
     "Model": "api",
-    "export_torch": "interop.exchange",
-    "import_torch": "interop.exchange",
+    "export_torch": "exchange",
+    "import_torch": "exchange",
     "load": "api",
-    "load_autoencoder": "data.autoencoder",
+    "load_autoencoder": "data.codec",
 }
 
 

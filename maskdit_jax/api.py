@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from maskdit_jax.config import ConfigDict, network_options
-from maskdit_jax.data.autoencoder import Autoencoder, load_autoencoder
+from maskdit_jax.data.codec import Autoencoder, load_autoencoder
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.guidance import guide
-from maskdit_jax.diffusion.samplers import SamplerOptions, generate
+from maskdit_jax.diffusion.solvers import SamplerOptions, generate
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.log import log
 from maskdit_jax.models.maskdit import PRECISIONS
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints, open_run
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, repeat_to, to_host, to_mesh
+from maskdit_jax.distributed.mesh import batch_sharding, make_mesh, place_shapes, repeat_to, to_host, to_mesh
 from maskdit_jax.training.state import Params, init_params, network_graph
 
 MAX_SEED = 2**32 - 1

@@ -3,7 +3,7 @@
 import math
 from typing import Any, get_type_hints
 
-from maskdit_jax.diffusion.samplers import SamplerOptions
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, first_line, known, shown
 from maskdit_jax.models.blocks import REMAT_POLICIES, UNROLL_CHOICES
 from maskdit_jax.models.maskdit import PRECISIONS, SIZES, MaskDiT

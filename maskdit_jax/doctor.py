@@ -23,7 +23,7 @@ from maskdit_jax.config import ConfigDict, resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.log import counted, log
-from maskdit_jax.training import mesh
+from maskdit_jax.distributed import mesh
 from maskdit_jax.training.agreement import (
     agree,
     check_same_folder,
@@ -33,8 +33,8 @@ from maskdit_jax.training.agreement import (
     this_process,
 )
 from maskdit_jax.training.build import Training, build
-from maskdit_jax.training.hosts import GPU_REMEDY, everywhere, joined
-from maskdit_jax.training.peers import Peers, end_process
+from maskdit_jax.distributed.hosts import GPU_REMEDY, everywhere, joined
+from maskdit_jax.distributed.peers import Peers, end_process
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OPTIONAL = {  # and what there is not without each
@@ -176,7 +176,7 @@ class _Checks:
         source, started = open_configured_source(self._config), time.perf_counter()
         self._data = data_identity(self._config, source)
         *_, part = itertools.islice(host_batches(source, self._config, 0), BATCHES_READ)
-        speed = BATCHES_READ * len(part["label"]) / (time.perf_counter() - started)
+        speed = BATCHES_READ * len(part["labels"]) / (time.perf_counter() - started)
         shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in part.items())
         return f"{len(source):,} items; {shapes} in each process; {speed:,.0f} items/s in the first batches"
 

@@ -16,7 +16,7 @@ from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
 from maskdit_jax.log import log_to_stdout
 from maskdit_jax.training.agreement import agree, check_same_folder, data_identity, run_options, this_process
-from maskdit_jax.training.hosts import add_flags, joined
+from maskdit_jax.distributed.hosts import add_flags, joined
 from maskdit_jax.training.loop import open_configured_source, train
 
 

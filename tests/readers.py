@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from maskdit_jax import export_torch, import_torch, load, load_autoencoder
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load as load_config
-from maskdit_jax.data.importing import import_latents
+from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.card import finish

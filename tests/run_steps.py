@@ -15,9 +15,9 @@ from tiny import BATCH_SIZE, tiny_config
 
 from maskdit_jax.data.pipeline import to_devices
 from maskdit_jax.training.build import build
-from maskdit_jax.training.hosts import add_flags, joined
-from maskdit_jax.training.mesh import batch_sharding, to_host
-from maskdit_jax.training.peers import Peers
+from maskdit_jax.distributed.hosts import add_flags, joined
+from maskdit_jax.distributed.mesh import batch_sharding, to_host
+from maskdit_jax.distributed.peers import Peers
 
 NUM_STEPS, BAD_STEP = 20, 3
 
@@ -37,7 +37,7 @@ def run_steps(data: int, fsdp: int) -> tuple[list[dict[str, float]], list[np.nda
             label = random.integers(0, 10, BATCH_SIZE, np.int32)
             if step == BAD_STEP:
                 latents[-1] = np.nan
-            yield {"latents": latents[mine], "label": label[mine]}
+            yield {"clean": latents[mine], "labels": label[mine]}
 
     device_batches = to_devices(host_batches(), batch_sharding(training.mesh))
     metrics = []

@@ -127,7 +127,7 @@ def test_every_process_says_what_is_different_in_it():
     ended = run_body(
         """
     from maskdit_jax.training.agreement import agree
-    from maskdit_jax.training.hosts import from_all
+    from maskdit_jax.distributed.hosts import from_all
     print(from_all(["größer" * index, index]))
     agree({"pair": (1, 2), "nan": float("nan"), "name": "größer"})
     agree({"name": "größer" * (index + 1)})

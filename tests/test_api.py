@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from maskdit_jax import Model, UserError
 from maskdit_jax.config import network_options, resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.diffusion.samplers import integrate, sigma_grid
+from maskdit_jax.diffusion.solvers import integrate, sigma_grid
 from maskdit_jax.training.state import init_params, network_graph
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny import NETWORK, ROOT, call_tool, command_environment
 
-from maskdit_jax.data.benchmark import write_synthetic_shards
+from maskdit_jax.data.loader_speed import write_synthetic_shards
 
 ABSENT = """
     tensorflow tensorflow_datasets clu ml_collections grain sklearn PIL torch safetensors lmdb diffusers

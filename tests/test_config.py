@@ -17,7 +17,7 @@ import pytest
 
 from maskdit_jax.config import CHOICES, ConfigDict, leaves, resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.diffusion.samplers import SamplerOptions
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError
 from maskdit_jax.models.maskdit import PRECISIONS, MaskDiT
 from maskdit_jax.training.build import batch_shapes, build

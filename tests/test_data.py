@@ -25,7 +25,7 @@ from maskdit_jax.data.shards import finish_shards, open_shards, read_report, sha
 from maskdit_jax.data.sources import Digits, LatentShards, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.loop import warn_of_scale
-from maskdit_jax.training.mesh import batch_sharding, make_mesh
+from maskdit_jax.distributed.mesh import batch_sharding, make_mesh
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,9 +77,9 @@ def test_digits_split_is_fixed():
 def test_digits_batch_is_images_and_their_labels():
     source = Digits()
     batch = source.read(np.array([5, 0, 5]), np.arange(3))
-    assert set(batch) == {"latents", "label"}
-    np.testing.assert_array_equal(batch["latents"], source.latents[[5, 0, 5]])
-    np.testing.assert_array_equal(batch["label"], source.labels[[5, 0, 5]])
+    assert set(batch) == {"clean", "labels"}
+    np.testing.assert_array_equal(batch["clean"], source.latents[[5, 0, 5]])
+    np.testing.assert_array_equal(batch["labels"], source.labels[[5, 0, 5]])
 
 
 # Order of batches
@@ -95,13 +95,13 @@ class Numbers:
         return self.count
 
     def read(self, items, draws):
-        return {"label": items.astype(np.int32), "draw": draws}
+        return {"labels": items.astype(np.int32), "draw": draws}
 
 
 def order(count: int, num_batches: int, source=None, **options) -> list[int]:
     """Labels of the first batches, one after the other."""
     stream = batches(source or Numbers(count), **{"seed": 0, "batch_size": 4} | options)
-    return [int(i) for batch in itertools.islice(stream, num_batches) for i in batch["label"]]
+    return [int(i) for batch in itertools.islice(stream, num_batches) for i in batch["labels"]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20], ids=lambda n: f"batch_{n}")
@@ -139,9 +139,9 @@ def test_batches_of_the_processes_make_up_the_batch_of_one(process_count, start_
         for i in range(process_count)
     ]
     for whole in itertools.islice(batches(Numbers(10), **options), 5):
-        parts = [next(stream)["label"] for stream in streams]
+        parts = [next(stream)["labels"] for stream in streams]
         assert {len(part) for part in parts} == {6 // process_count}
-        np.testing.assert_array_equal(np.concatenate(parts), whole["label"])
+        np.testing.assert_array_equal(np.concatenate(parts), whole["labels"])
 
 
 def test_draws_count_the_items_of_the_run():
@@ -156,8 +156,8 @@ def test_draws_count_the_items_of_the_run():
 def test_number_of_threads_does_not_change_the_batches():
     one, many = (batches(Digits(), batch_size=479, seed=0, num_threads=n) for n in (1, 8))
     for expected, actual in itertools.islice(zip(one, many, strict=True), 4):
-        np.testing.assert_array_equal(actual["latents"], expected["latents"])
-        np.testing.assert_array_equal(actual["label"], expected["label"])
+        np.testing.assert_array_equal(actual["clean"], expected["latents"])
+        np.testing.assert_array_equal(actual["labels"], expected["labels"])
 
 
 # To the devices
@@ -167,7 +167,7 @@ def host_batches(count: int):
     """Batches of 16 items; batch i counts up from 16·i."""
     for i in range(count):
         label = np.arange(16, dtype=np.int32) + 16 * i
-        yield {"label": label, "latents": np.float32(label[:, None, None, None] * np.ones((1, 2, 2, 3)))}
+        yield {"labels": label, "clean": np.float32(label[:, None, None, None] * np.ones((1, 2, 2, 3)))}
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (4, 2)])
@@ -186,8 +186,8 @@ def test_device_batches_are_the_host_batches_spread_over_the_mesh(data, fsdp):
 def test_device_batches_are_sent_before_they_are_asked_for():
     source = host_batches(9)
     on_devices = to_devices(source, batch_sharding(make_mesh(8, 1)), ahead=2)
-    assert next(on_devices)["label"][0] == 0
-    assert next(source)["label"][0] == 16 * 3  # batches 1 and 2 are on their way
+    assert next(on_devices)["labels"][0] == 0
+    assert next(source)["labels"][0] == 16 * 3  # batches 1 and 2 are on their way
 
 
 # Moments
@@ -234,7 +234,7 @@ def test_source_of_latents_has_every_image_and_its_mirror_image(folder, moments)
     assert len(source) == 22
     batch = source.read(np.arange(22)[::-1], np.arange(22))
     np.testing.assert_array_equal(batch["moments"][::-1], moments.reshape(22, 4, 4, 6))
-    np.testing.assert_array_equal(batch["label"][::-1], np.repeat(20 + np.arange(11), 2))
+    np.testing.assert_array_equal(batch["labels"][::-1], np.repeat(20 + np.arange(11), 2))
 
 
 def test_source_of_latents_without_mirror_images_has_every_image(moments, tmp_path):

@@ -20,8 +20,8 @@ import pytest
 from processes import two_process_flags
 from test_hosts import run_body
 
-from maskdit_jax.training import handshake, peers
-from maskdit_jax.training.handshake import Connected, Meeting, Reception, bind_address, listen, meet, reach
+from maskdit_jax.distributed import handshake, peers
+from maskdit_jax.distributed.handshake import Connected, Meeting, Reception, bind_address, listen, meet, reach
 
 ROOT = Path(__file__).parent.parent
 TOKEN, WELCOME = "a" * 64, "b" * 64
@@ -285,7 +285,7 @@ TRAIN = {
 # Process 1 says where the watch port is, and gives strangers some time there before it comes itself.
 LATE = """
 import runpy, time
-from maskdit_jax.training import handshake
+from maskdit_jax.distributed import handshake
 reach = handshake.reach
 def late(meeting, *arguments):
     print("port", meeting.port, flush=True)

@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JA
 BODY = """
 import argparse, time
 import jax
-from maskdit_jax.training.hosts import add_flags, everywhere, from_first, joined
+from maskdit_jax.distributed.hosts import add_flags, everywhere, from_first, joined
 parser = argparse.ArgumentParser()
 add_flags(parser)
 with joined(parser.parse_args()) as peers:
@@ -137,7 +137,7 @@ def test_crash_of_a_reading_thread_is_reported_with_its_cause():
         def read(self, items, draws):
             if draws[0] >= 40:
                 raise RuntimeError("the disk has gone")
-            return {"label": items}
+            return {"labels": items}
 
     loader = batches(Breaking(), batch_size=10, seed=0, num_threads=2)
     assert len([next(loader) for _ in range(4)]) == 4

@@ -237,11 +237,11 @@ def test_pixels_are_flipped_for_half_of_the_draws_and_the_same_in_every_process(
     parts = [next(batches(source, process_index=i, **options)) for i in range(3)]
     for name, values in batch.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
-    values = to_uint8(batch["latents"] + 1e-6)
-    assert batch["latents"].dtype == np.float32
+    values = to_uint8(batch["clean"] + 1e-6)
+    assert batch["clean"].dtype == np.float32
     mirrored = values[:, 0, 0, 2] == 100
     assert 0.25 < mirrored.mean() < 0.75
-    np.testing.assert_array_equal(values[:, 0, 0, 0] - 100 * mirrored, batch["label"])
+    np.testing.assert_array_equal(values[:, 0, 0, 0] - 100 * mirrored, batch["labels"])
     first_pass, second_pass = mirrored[:24], mirrored[24:]
     assert not np.array_equal(first_pass, second_pass)
 

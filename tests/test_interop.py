@@ -20,7 +20,7 @@ from tiny import NETWORK, NUM_STEPS, ROOT, call_tool, command_environment, refus
 from torch_maskdit import Denoiser
 
 from maskdit_jax import UserError, export_torch, import_torch, load, main
-from maskdit_jax.interop.exchange import CARD, CONFIG
+from maskdit_jax.exchange import CARD, CONFIG
 from maskdit_jax.interop.names import to_torch
 from maskdit_jax.interop.torch_io import as_float32, read_file, shapes_of
 from maskdit_jax.models.maskdit import SIZES

@@ -23,7 +23,7 @@ from tiny import (
 
 from maskdit_jax import main
 from maskdit_jax.training.checkpoint import DamagedError
-from maskdit_jax.training.hosts import PREEMPTED
+from maskdit_jax.distributed.hosts import PREEMPTED
 
 
 def train(workdir: Path, options: dict | None = None) -> None:

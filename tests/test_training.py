@@ -15,7 +15,7 @@ from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
 from maskdit_jax.models.blocks import gelu
 from maskdit_jax.models.masking import random_mask, restore_tokens
-from maskdit_jax.training.mesh import AXES, make_mesh, state_shardings
+from maskdit_jax.distributed.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
     keep_schedule,
@@ -71,8 +71,8 @@ def trained_params(**options) -> dict:
 def batch_of(size: int = 16, seed: int = 0) -> dict[str, jax.Array]:
     key = jax.random.key(seed)
     return {
-        "latents": 0.5 * jax.random.normal(key, (size, 8, 8, 2)),
-        "label": jax.random.randint(key, (size,), 0, 5),
+        "clean": 0.5 * jax.random.normal(key, (size, 8, 8, 2)),
+        "labels": jax.random.randint(key, (size,), 0, 5),
     }
 
 
@@ -106,8 +106,8 @@ def test_loss_at_start_is_one():
     batch = batch_of(4096)
     noisy = draw_noisy_batch(
         jax.random.key(1),
-        batch["latents"],
-        batch["label"],
+        batch["clean"],
+        batch["labels"],
         P_mean=-1.2,
         P_std=1.2,
         label_dropout=0.1,
@@ -131,7 +131,7 @@ def network():
 
 def test_changing_a_hidden_patch_changes_no_output(network):
     """The encoder never sees hidden patches: every output is bit-identical."""
-    x, labels, c_noise = batch_of(3)["latents"], jnp.array([0, 3, -1]), jnp.array([-1.0, 0.0, 0.5])
+    x, labels, c_noise = batch_of(3)["clean"], jnp.array([0, 3, -1]), jnp.array([-1.0, 0.0, 0.5])
     mask = random_mask(jax.random.uniform(jax.random.key(2), (3, NUM_TOKENS)), 8)
     pixels = mask.hidden.reshape(3, 4, 4).repeat(2, axis=1).repeat(2, axis=2)[..., None]
     other = jnp.where(pixels == 1, 100.0, x)
@@ -141,7 +141,7 @@ def test_changing_a_hidden_patch_changes_no_output(network):
 
 
 def test_keeping_every_token_in_any_order_equals_the_unmasked_path(network):
-    x, labels, c_noise = batch_of(3)["latents"], jnp.array([0, 3, -1]), jnp.array([-1.0, 0.0, 0.5])
+    x, labels, c_noise = batch_of(3)["clean"], jnp.array([0, 3, -1]), jnp.array([-1.0, 0.0, 0.5])
     mask = random_mask(jax.random.uniform(jax.random.key(2), (3, NUM_TOKENS)), NUM_TOKENS)
     apply = jax.jit(network)
     np.testing.assert_allclose(
@@ -153,7 +153,7 @@ def test_hidden_patches_get_no_denoising_gradient():
     """The denoising term does not depend on the prediction at hidden patches."""
     batch = batch_of(4)
     noisy = draw_noisy_batch(
-        jax.random.key(1), batch["latents"], batch["label"], P_mean=-1.2, P_std=1.2,
+        jax.random.key(1), batch["clean"], batch["labels"], P_mean=-1.2, P_std=1.2,
         label_dropout=0.0, num_tokens=NUM_TOKENS, num_keep=6,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_hidden_patches_get_no_denoising_gradient():
         _, terms = maskdit_loss(lambda *_: denoised, noisy, patch_size=2, sigma_data=0.5, mae_coef=0.1)
         return terms["denoise_loss"].sum()
 
-    gradient = jax.grad(denoise_loss)(jnp.ones_like(batch["latents"]))
+    gradient = jax.grad(denoise_loss)(jnp.ones_like(batch["clean"]))
     hidden = noisy.mask.hidden.reshape(4, 4, 4).repeat(2, axis=1).repeat(2, axis=2) == 1
     assert hidden.mean() == 10 / 16
     assert (np.asarray(gradient)[hidden] == 0).all()
@@ -201,7 +201,7 @@ def test_gradient_of_restoring_equals_autodiff_of_a_scatter():
 
 def test_loss_falls_and_the_ema_follows_the_numpy_loop():
     step, batch = train_step(), batch_of()
-    batch["latents"] = jnp.where(batch["label"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["latents"]
+    batch["clean"] = jnp.where(batch["labels"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["clean"]
     state = init_state(fresh_params(), adamw())
     ema, losses = jax.device_get(state.ema_params), []
     for _ in range(40):
@@ -236,7 +236,7 @@ def test_large_parameters_are_cut_over_fsdp_and_small_ones_are_whole():
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     step, good = train_step(), batch_of()
-    bad = good | {"latents": good["latents"].at[3, 0, 0, 0].set(jnp.nan)}
+    bad = good | {"clean": good["clean"].at[3, 0, 0, 0].set(jnp.nan)}
     state, _ = step(init_state(trained_params(), adamw()), good, 8)
     skipped, metrics = step(state, bad, 8)
     for name in ("params", "ema_params", "opt_state"):
@@ -260,9 +260,9 @@ def test_draws_depend_on_seed_and_step_only():
 
 def test_moments_are_drawn_anew_at_every_step():
     moments = jax.random.normal(jax.random.key(0), (16, 8, 8, 4))
-    batch = {"moments": moments, "label": batch_of()["label"]}
+    batch = {"moments": moments, "labels": batch_of()["labels"]}
     state = init_state(trained_params(), adamw())
-    exact = {"latents": 0.18215 * moments[..., :2], "label": batch["label"]}
+    exact = {"clean": 0.18215 * moments[..., :2], "labels": batch["labels"]}
     assert train_step()(state, batch, 8)[1]["loss"] != train_step()(state, exact, 8)[1]["loss"]
     collapsed = batch | {"moments": moments.at[..., 2:].set(-30.0)}  # variance e^-30: the mean itself
     np.testing.assert_allclose(
@@ -297,7 +297,7 @@ def test_half_precision_stays_close_and_keeps_float32_parameters():
 
 def test_network_without_classes_ignores_labels():
     network = jax.jit(nnx.merge(network_graph(TINY | {"num_classes": 0}), trained_params(num_classes=0)))
-    x, c_noise = batch_of(2)["latents"], jnp.zeros(2)
+    x, c_noise = batch_of(2)["clean"], jnp.zeros(2)
     np.testing.assert_array_equal(
         network(x, c_noise, jnp.array([1, 2])), network(x, c_noise, jnp.array([-1, 4]))
     )

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from maskdit_jax.data.benchmark import benchmark_loader, write_synthetic_shards
+from maskdit_jax.data.loader_speed import benchmark_loader, write_synthetic_shards
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from maskdit_jax.api import load
 from maskdit_jax.errors import Parser, one_line_errors
-from maskdit_jax.interop.exchange import export_torch
+from maskdit_jax.exchange import export_torch
 from maskdit_jax.log import log_to_stdout
 from maskdit_jax.training.checkpoint import WEIGHTS
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maskdit_jax.data.importing import INPUTS, READERS, import_latents
+from maskdit_jax.data.published import INPUTS, READERS, import_latents
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.log import log_to_stdout
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from maskdit_jax.errors import Parser, one_line_errors
-from maskdit_jax.interop.exchange import import_torch
+from maskdit_jax.exchange import import_torch
 from maskdit_jax.log import log_to_stdout
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from maskdit_jax.data.autoencoder import Autoencoder
+from maskdit_jax.data.codec import Autoencoder
 from maskdit_jax.data.image_sets import ImageSet
 from maskdit_jax.data.images import centre_square, to_float
 from maskdit_jax.data.shards import DTYPES, METADATA, finish_shards, read_report, shard_names, write_shard

@@ -32,7 +32,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
-        """`label` [B] int32, and `latents` [B, H, W, C] or `moments` [B, H, W, 2C], of items [B].
+        """`labels` [B] int32, and `clean` [B, H, W, C] or `moments` [B, H, W, 2C], of items [B].
 
         draws [B]: how many items of the run came before each; augmentation is a function of it.
         """
@@ -58,7 +58,7 @@ class Digits:
         return len(self.labels)
 
     def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
-        return {"latents": self.latents[items], "label": self.labels[items]}
+        return {"clean": self.latents[items], "labels": self.labels[items]}
 
 
 class LatentShards:
@@ -86,7 +86,7 @@ class LatentShards:
         # as it has items.
         for place, (shard, row, view) in enumerate(zip(shards.tolist(), rows.tolist(), views.tolist())):
             moments[place] = self._moments[shard][row, view]
-        return {"moments": moments, "label": self._labels[images]}
+        return {"moments": moments, "labels": self._labels[images]}
 
 
 class Pixels:
@@ -104,7 +104,7 @@ class Pixels:
 
     def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
         pixels, labels = zip(*map(self._read_one, items.tolist(), draws.tolist()))
-        return {"latents": to_float(np.stack(pixels)), "label": np.array(labels, np.int32)}
+        return {"clean": to_float(np.stack(pixels)), "labels": np.array(labels, np.int32)}
 
     def _read_one(self, item: int, draw: int) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng([self._seed, draw])

@@ -17,7 +17,7 @@ from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
 from maskdit_jax.training.checkpoint import FOLDER, open_run
-from maskdit_jax.training.hosts import from_first
+from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.training.report import sample_grid
 
 CARD, GRID = "card.json", "samples.png"

@@ -1,16 +1,19 @@
-"""The transformer block with adaLN-Zero, the modulated linear map, and a stacked run of blocks."""
+"""Attention, MLP, the transformer block with adaLN-Zero, and a stacked run of blocks of any kind."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maskdit_jax.models.embed import Linear
+from maskdit_jax.models.compute import Compute
+from maskdit_jax.models.embed import Linear, xavier_uniform
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6  # PyTorch's default is 1e-5, with which published weights would give other images
-REMAT_POLICIES = ("none", "mlp", "full")
-UNROLL_CHOICES = ("auto", "full", "none")
 # What the "mlp" policy keeps; only fc1's output and the GELU are computed again.
 _SAVED_NAMES = ("qkv", "attention", "projection", "residual", "fc2")
 
@@ -61,30 +64,60 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, [B, N, D] → [B, N, D]."""
+    """Multi-head self-attention, [B, N, D] → [B, N, D].
 
-    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    qkv_bias: "all", "qv" (queries and values have a learned bias, keys have none) or "none".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: str = "all",
+        kernel_init: nnx.Initializer = xavier_uniform,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.projection = Linear(width, width, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.qkv = linear(width, 3 * width, use_bias=qkv_bias == "all")
+        self.projection = linear(width, width)
+        self.q_bias = self.v_bias = nnx.data(None)
+        if qkv_bias == "qv":
+            self.q_bias, self.v_bias = nnx.Param(jnp.zeros(width)), nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = checkpoint_name(self.qkv(x), "qkv")
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x)
+        if self.q_bias is not None:
+            bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
+            qkv = qkv + bias.astype(qkv.dtype)
+        qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
         return checkpoint_name(self.projection(checkpoint_name(out, "attention")), "projection")
 
 
 class MLP(nnx.Module):
-    """Linear D → 4D, GELU, Linear 4D → D."""
+    """Linear D → ratio·D, GELU (tanh-approximated unless told otherwise), Linear ratio·D → D."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.fc1 = Linear(width, MLP_RATIO * width, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(MLP_RATIO * width, width, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        *,
+        ratio: float = MLP_RATIO,
+        activation: Callable[[jax.Array], jax.Array] = gelu,
+        kernel_init: nnx.Initializer = xavier_uniform,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        self.fc1 = linear(width, int(ratio * width))
+        self.fc2 = linear(int(ratio * width), width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return checkpoint_name(self.fc2(gelu(self.fc1(x))), "fc2")
+        return checkpoint_name(self.fc2(self.activation(self.fc1(x))), "fc2")
 
 
 class Modulation(nnx.Module):
@@ -129,44 +162,48 @@ class ModulatedLinear(nnx.Module):
 class BlockStack(nnx.Module):
     """`depth` blocks whose parameters are stacked along a leading axis, applied by one `lax.scan`.
 
-    unroll: "full" (fastest on a GPU: a rolled loop copies every saved tensor into a stack), "none"
-    (compiles fastest, costs a CPU nothing) or "auto": full on a GPU, none elsewhere.
-    remat: "none" saves every activation, "mlp" computes fc1 and the GELU again in the backward
+    make_block(rngs) is one block, a module called as block(x, *context) or block(x, *context, own).
+    compute.unroll: "full" (fastest on a GPU: a rolled loop copies every saved tensor into a stack),
+    "none" (compiles fastest, costs a CPU nothing) or "auto": full on a GPU, none elsewhere.
+    compute.remat: "none" saves every activation, "mlp" computes fc1 and the GELU again in the backward
     pass, "full" saves only the input of each block.
     """
 
     def __init__(
-        self,
-        depth: int,
-        width: int,
-        num_heads: int,
-        condition_size: int,
-        *,
-        remat: str,
-        unroll: str,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, compute: Compute, rngs: nnx.Rngs
     ):
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(width, num_heads, condition_size, dtype=dtype, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> nnx.Module:
+            return make_block(rngs)
 
-        self.remat, self.unroll = remat, unroll
+        self.remat, self.unroll = compute.remat, compute.unroll
         self.layers = stack(rngs)
 
-    def block(self, index: int) -> Block:
-        """Block number `index`, with its own slice of the parameters."""
-        graphdef, params = nnx.split(self.layers)
-        return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], params))
+    def __call__(
+        self,
+        x: jax.Array,
+        *context: jax.Array,
+        own: jax.Array | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        emit: bool = False,
+    ) -> Any:
+        """Apply the blocks start … stop - 1, by default all of them, to x [B, N, D].
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        Every block gets the `context`; block i gets own[i - start] besides, where `own`, such as skips
+        [stop - start, B, N, D], is given. With `emit` also what each block returned, [stop - start, B, N, D].
+        """
         graphdef, params = nnx.split(self.layers)
+        if start or stop is not None:
+            params = jax.tree.map(lambda p: p[start:stop], params)
         on_gpu = jax.default_backend() == "gpu"
         unroll = self.unroll == "full" or (self.unroll == "auto" and on_gpu)
 
-        def body(x, block_params):
-            return nnx.merge(graphdef, block_params)(x, c), None
+        def body(x, inputs):
+            block_params, mine = inputs
+            out = nnx.merge(graphdef, block_params)(x, *context, *([] if own is None else [mine]))
+            return out, out if emit else None
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -177,4 +214,5 @@ class BlockStack(nnx.Module):
             )
             # Outside a rolled loop XLA would merge the recomputation with the forward pass.
             body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
-        return jax.lax.scan(body, x, params, unroll=unroll)[0]
+        x, emitted = jax.lax.scan(body, x, (params, own), unroll=unroll)
+        return (x, emitted) if emit else x

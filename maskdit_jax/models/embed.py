@@ -26,10 +26,13 @@ class Linear(nnx.Linear):
         out_features: int,
         *,
         kernel_init: nnx.Initializer = xavier_uniform,
+        use_bias: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        super().__init__(
+            in_features, out_features, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override] # without out_sharding
         rows = x.reshape(-1, self.in_features)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskdit_jax.models.blocks import BlockStack, ModulatedLinear
+from maskdit_jax.models.blocks import Block, BlockStack, ModulatedLinear
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.embed import (
     LabelEmbedding,
     Linear,
@@ -26,20 +27,13 @@ SIZES = {
     "XL": (28, 1152, 16),
     "H": (32, 1280, 16),
 }
-# Compute dtype and the precision of its matrix products; parameters are always float32.
-PRECISIONS = {
-    "bfloat16": (jnp.bfloat16, "default"),
-    "tf32": (jnp.float32, "tensorfloat32"),
-    "float32": (jnp.float32, "highest"),
-}
-
 
 class MaskDiT(nnx.Module):
     """The network F(x, c_noise, labels, mask); every argument is a number, so any size can be built.
 
-    num_classes 0 is an unconditional network. Without `use_mask_token` (a network trained without
-    the reconstruction loss) zeros fill the holes in front of the decoder; without `use_decoder`
-    F is 0 at hidden tokens.
+    num_classes 0 is an unconditional network. Without `mask_token` (as networks trained without the
+    reconstruction loss were published) zeros fill the holes in front of the decoder; without
+    `use_decoder` F is 0 at hidden tokens.
     """
 
     def __init__(
@@ -53,17 +47,15 @@ class MaskDiT(nnx.Module):
         num_heads: int,
         num_classes: int,
         use_decoder: bool = True,
-        use_mask_token: bool = True,
+        mask_token: bool = True,
         decoder_hidden_size: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
-        precision: str = "float32",
-        remat: str = "none",
-        unroll: str = "auto",
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
-        dtype, self.matmul_precision = PRECISIONS[precision]
-        self.dtype = dtype
+        self.matmul_precision = compute.matmul_precision
+        self.dtype = dtype = compute.dtype
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.hidden_size = hidden_size
@@ -71,9 +63,10 @@ class MaskDiT(nnx.Module):
         patch_values = patch_size**2 * channels
 
         def blocks(depth, width, heads):
-            return BlockStack(
-                depth, width, heads, hidden_size, remat=remat, unroll=unroll, dtype=dtype, rngs=rngs
-            )
+            def block(rngs):
+                return Block(width, heads, hidden_size, dtype=dtype, rngs=rngs)
+
+            return BlockStack(block, depth, compute=compute, rngs=rngs)
 
         self.patch_embedding = Linear(patch_values, hidden_size, dtype=dtype, rngs=rngs)
         self.noise_embedding = NoiseEmbedding(hidden_size, dtype=dtype, rngs=rngs)
@@ -85,7 +78,7 @@ class MaskDiT(nnx.Module):
         self.mask_token = nnx.data(None)
         if use_decoder:
             self.bridge = ModulatedLinear(hidden_size, hidden_size, width, dtype=dtype, rngs=rngs)
-            if use_mask_token:
+            if mask_token:
                 self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
             self.decoder = blocks(decoder_depth, width, decoder_num_heads)
         self.output = ModulatedLinear(width, hidden_size, patch_values, dtype=dtype, rngs=rngs)

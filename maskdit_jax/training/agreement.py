@@ -19,7 +19,7 @@ import orbax.checkpoint
 
 from maskdit_jax.config import ConfigDict, leaves
 from maskdit_jax.data.sources import Source
-from maskdit_jax.training.hosts import Refused, from_all, from_first
+from maskdit_jax.distributed.hosts import Refused, from_all, from_first
 
 _LONGEST_VALUE = 200
 # A network file system may show a new file to other hosts a moment later.

@@ -8,7 +8,7 @@ import jax
 
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.training.build import Training, batch_shapes, build
-from maskdit_jax.training.mesh import check_fits
+from maskdit_jax.distributed.mesh import check_fits
 
 WARM_UP_STEPS = 3
 
@@ -34,11 +34,11 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     state = training.start(None)
     shapes = batch_shapes(config, training.mesh, batch_size)
     key = jax.random.key(config.seed)
-    latents = jax.random.normal(key, shapes["latents"].shape) * config.diffusion.sigma_data
+    latents = jax.random.normal(key, shapes["clean"].shape) * config.diffusion.sigma_data
     labels = jax.random.randint(key, (batch_size,), 0, max(config.model.num_classes, 1))
     batch = {
-        "latents": jax.device_put(latents, shapes["latents"].sharding),
-        "label": jax.device_put(labels, shapes["label"].sharding),
+        "clean": jax.device_put(latents, shapes["clean"].sharding),
+        "labels": jax.device_put(labels, shapes["labels"].sharding),
     }
 
     def run(count: int) -> float:

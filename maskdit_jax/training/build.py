@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maskdit_jax.config import ConfigDict, network_options
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, place_shapes, whole_sharding
+from maskdit_jax.distributed.mesh import batch_sharding, make_mesh, place_shapes, whole_sharding
 from maskdit_jax.training.optimizer import keep_schedule, learning_rate_schedule, make_optimizer
 from maskdit_jax.training.state import (
     TrainState,
@@ -99,6 +99,6 @@ def batch_shapes(config: ConfigDict, mesh: Mesh, batch_size: int) -> dict[str, j
     model, sharding = config.model, batch_sharding(mesh)
     latents = (batch_size, model.image_size, model.image_size, model.channels)
     return {
-        "latents": jax.ShapeDtypeStruct(latents, jnp.float32, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
+        "clean": jax.ShapeDtypeStruct(latents, jnp.float32, sharding=sharding),
+        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
     }

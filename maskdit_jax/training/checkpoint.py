@@ -15,8 +15,8 @@ from maskdit_jax.config import ConfigDict, saved_config
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import MAX_JSON_BYTES, check_folder
 from maskdit_jax.log import log
-from maskdit_jax.training.digest import digest
-from maskdit_jax.training.hosts import everywhere, from_first
+from maskdit_jax.distributed.digest import digest
+from maskdit_jax.distributed.hosts import everywhere, from_first
 from maskdit_jax.training.state import Params, TrainState
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"

@@ -11,16 +11,16 @@ import jax
 
 from maskdit_jax.api import Model
 from maskdit_jax.config import ConfigDict
-from maskdit_jax.data.autoencoder import load_autoencoder
+from maskdit_jax.data.codec import load_autoencoder
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import Batch, Source, open_source
 from maskdit_jax.errors import UserError
 from maskdit_jax.log import counted, log
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
-from maskdit_jax.training.hosts import PREEMPTED, Preemption
-from maskdit_jax.training.mesh import batch_sharding, check_fits, describe_placement, whole_sharding
-from maskdit_jax.training.peers import Peers
+from maskdit_jax.distributed.hosts import PREEMPTED, Preemption
+from maskdit_jax.distributed.mesh import batch_sharding, check_fits, describe_placement, whole_sharding
+from maskdit_jax.distributed.peers import Peers
 from maskdit_jax.training.report import Reporter, sample_grid
 from maskdit_jax.training.state import TrainState
 

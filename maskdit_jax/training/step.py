@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.diffusion.edm import precondition
 from maskdit_jax.diffusion.losses import NoisyBatch, draw_noisy_batch, maskdit_loss
-from maskdit_jax.training.mesh import mean_over_devices
+from maskdit_jax.distributed.mesh import mean_over_devices
 from maskdit_jax.training.state import TrainState, update_ema
 
 Metrics = dict[str, jax.Array]
@@ -70,7 +70,7 @@ def make_train_step(
         noisy_batch = draw_noisy_batch(
             draw_key,
             _latents(batch, posterior_key, options.latent_scale),
-            batch["label"],
+            batch["labels"],
             P_mean=options.P_mean,
             P_std=options.P_std,
             label_dropout=options.label_dropout,
@@ -143,8 +143,8 @@ def mean_gradient(
 
 def _latents(batch: dict[str, jax.Array], key: jax.Array, latent_scale: float) -> jax.Array:
     """Latents [B, H, W, C] of a batch: as they are, or a new draw from the cached moments."""
-    if "latents" in batch:
-        return batch["latents"]
+    if "clean" in batch:
+        return batch["clean"]
     moments = batch["moments"]
     noise = jax.random.normal(key, (*moments.shape[:-1], moments.shape[-1] // 2))
     return draw_latents(moments, noise, latent_scale)

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from maskdit_jax.config import SAVED_WITH_WEIGHTS, ConfigDict, network_options, saved_config
-from maskdit_jax.diffusion.samplers import SamplerOptions
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, read_json
-from maskdit_jax.interop.model_card import WEIGHTS_IN_WORDS, model_card
+from maskdit_jax.model_card import WEIGHTS_IN_WORDS, model_card
 from maskdit_jax.interop.names import (
     Shapes,
     from_torch,

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import jax
 
 from maskdit_jax.errors import first_line, printable
-from maskdit_jax.training.handshake import Connected, meet
+from maskdit_jax.distributed.handshake import Connected, meet
 
 PEER_LOST = 76  # exit code of a process that ends because another one did
 _TICK_S = 1.0

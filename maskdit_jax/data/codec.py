@@ -21,7 +21,7 @@ from maskdit_jax.interop.names import (
 from maskdit_jax.interop.torch_io import as_float32, check_shapes, read_file, shapes_of
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.maskdit import PRECISIONS
-from maskdit_jax.training.mesh import batch_sharding, make_mesh, repeat_to, to_mesh, whole_sharding
+from maskdit_jax.distributed.mesh import batch_sharding, make_mesh, repeat_to, to_mesh, whole_sharding
 from maskdit_jax.training.state import Params
 
 # Pixels that a device works on at a time; an image more than these is a batch of its own.

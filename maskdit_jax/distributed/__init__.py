@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, how processes meet and lose each other; no model, no data."""

@@ -1,0 +1,6 @@
+"""Methods, one file each, to be read from top to bottom; METHODS is the only list of them."""
+
+from maskdit_jax.methods.maskdit import MaskDiT
+from maskdit_jax.methods.method import Method
+
+METHODS: dict[str, type[Method]] = {"maskdit": MaskDiT}

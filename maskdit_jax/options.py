@@ -1,0 +1,105 @@
+"""An option, written once: its default, its range and what it is for, beside the code that reads it.
+
+A record of options is a frozen dataclass whose fields are made by `option`; its field types are bool, int,
+float, str, or another record. A configuration is such records by the names of its sections.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_type_hints
+
+from maskdit_jax.errors import UserError, shown
+
+MAX_INTEGER = 2**31 - 1  # the counters of the training state are int32
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_RANGE = "range"
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A field of a record: `help` says what it does and its unit, the others what it may be."""
+    allowed = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, _RANGE: allowed})
+
+
+def check_options(record: Any, prefix: str = "") -> None:
+    """Check the value of every option of a record, and of the records in it.
+
+    Raises:
+      UserError: a value is not known, out of range or not finite; `prefix` goes before its name.
+    """
+    for field in dataclasses.fields(record):
+        name, value = prefix + field.name, getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            check_options(value, f"{name}.")
+        else:
+            _check_option(name, value, field.metadata.get(_RANGE, {}))
+
+
+def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
+    choices = allowed.get("choices")
+    if choices is not None and value not in choices:
+        raise UserError(f"{name}={shown(repr(value))} is unknown; known: {', '.join(choices)}")
+    if isinstance(value, (str, bool)):
+        return
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{name}={value} must be finite")
+    at_most = allowed.get("at_most")
+    if at_most is None and isinstance(value, int):
+        at_most = MAX_INTEGER
+    at_least, above = allowed.get("at_least"), allowed.get("above")
+    if at_most is not None and at_least is not None and isinstance(value, float):
+        if not at_least <= value <= at_most:
+            raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
+    if at_most is not None and value > at_most:
+        raise UserError(f"{name}={shown(value)} must be at most {at_most:,}")
+    if math.isinf(value):
+        raise UserError(f"{name}={value} must be finite")
+    if above is not None and value <= above:
+        raise UserError(f"{name}={value} must be greater than {above:g}")
+    if at_least is not None and value < at_least:
+        must = "not be negative" if at_least == 0 else f"be at least {at_least:,}"
+        raise UserError(f"{name}={value} must {must}")
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a value, of a file perhaps, is one of an option of type `kind`; no truth value is a number."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def as_section(record: Any) -> dict[str, Any]:
+    """The options of a record by name, nested records as nested dicts."""
+    return dataclasses.asdict(record)
+
+
+def from_section(record: type[T], section: Any) -> T:
+    """The record of a section, a mapping that holds every one of its options."""
+    hints = get_type_hints(record)
+    values = {}
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        kind, value = hints[field.name], section[field.name]
+        values[field.name] = from_section(kind, value) if dataclasses.is_dataclass(kind) else value
+    return record(**values)
+
+
+def describe_options(record: Any, prefix: str = "") -> list[str]:
+    """A line for every option: name, default and what it is for."""
+    lines: list[str] = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += describe_options(value, f"{prefix}{field.name}.")
+        else:
+            lines.append(f"{prefix}{field.name}={value!r}  {field.metadata.get('help', '')}")
+    return lines
