@@ -6,7 +6,7 @@ float, str, or another record. A configuration is such records by the names of i
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 from maskdit_jax.errors import UserError, shown
@@ -93,13 +93,23 @@ def from_section(record: type[T], section: Any) -> T:
     return record(**values)
 
 
-def describe_options(record: Any, prefix: str = "") -> list[str]:
-    """A line for every option: name, default and what it is for."""
-    lines: list[str] = []
+def describe_options(record: type, prefix: str = "") -> dict[str, str]:
+    """Full name of every option of a record type → what it is for, and its range."""
+    hints, found = get_type_hints(record), {}
     for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if dataclasses.is_dataclass(value):
-            lines += describe_options(value, f"{prefix}{field.name}.")
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= describe_options(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
-            lines.append(f"{prefix}{field.name}={value!r}  {field.metadata.get('help', '')}")
-    return lines
+            found[prefix + field.name] = field.metadata.get("help", "") + _range_in_words(field.metadata)
+    return found
+
+
+def _range_in_words(metadata: Mapping[str, Any]) -> str:
+    allowed = metadata.get(_RANGE, {})
+    bounds = [
+        f"{words} {allowed[name]:,}"
+        for name, words in (("above", "greater than"), ("at_least", "at least"), ("at_most", "at most"))
+        if allowed.get(name) is not None
+    ]
+    return f" ({', '.join(bounds)})" if bounds else ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maskdit_jax.data.codec import load_autoencoder
+from maskdit_jax.data.vae import load_autoencoder
 from maskdit_jax.data.encoding import DTYPES, Encoding, encode_images
 from maskdit_jax.data.image_sets import open_image_set
 from maskdit_jax.errors import Parser, UserError, one_line_errors
