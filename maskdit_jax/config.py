@@ -1,15 +1,14 @@
 """Configurations: the sections that all methods share, and the checks that concern several of them."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, known, shown
 from maskdit_jax.methods import METHODS
 from maskdit_jax.methods.method import Method, Shape
 from maskdit_jax.models.compute import Compute
-from maskdit_jax.options import as_section, check_options, describe_options, from_section, option
+from maskdit_jax.options import as_section, check_options, describe_options, each_option, from_section, option
 
 try:
     from ml_collections import ConfigDict
@@ -207,10 +206,13 @@ def defaults(method: str = "maskdit") -> ConfigDict:
 
 def _unfilled(kind: type) -> dict[str, Any]:
     """The defaults of a record type as they are written, before it has filled in what follows from others."""
-    section = {}
-    for field in dataclasses.fields(kind):
-        nested = get_type_hints(kind)[field.name]
-        section[field.name] = _unfilled(nested) if dataclasses.is_dataclass(nested) else field.default
+    section: dict[str, Any] = {}
+    for name, field, _ in each_option(kind):
+        *parents, last = name.split(".")
+        node = section
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = field.default
     return section
 
 

@@ -6,8 +6,8 @@ float, str, or another record. A configuration is such records by the names of i
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 from maskdit_jax.errors import UserError, shown
 
@@ -89,20 +89,32 @@ def from_section(record: type[T], section: Any) -> T:
     values = {}
     for field in dataclasses.fields(record):  # type: ignore[arg-type]
         kind, value = hints[field.name], section[field.name]
-        values[field.name] = from_section(kind, value) if dataclasses.is_dataclass(kind) else value
+        values[field.name] = from_section(kind, value) if is_record(kind) else value
     return record(**values)
 
 
 def describe_options(record: type, prefix: str = "") -> dict[str, str]:
     """Full name of every option of a record type → what it is for, and its range."""
-    hints, found = get_type_hints(record), {}
+    return {
+        name: field.metadata.get("help", "") + _range_in_words(field.metadata)
+        for name, field, _ in each_option(record, prefix)
+    }
+
+
+def each_option(record: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
+    """Full name, field and type of every option of a record type, and of the records in it."""
+    hints = get_type_hints(record)
     for field in dataclasses.fields(record):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            found |= describe_options(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        if is_record(kind):
+            yield from each_option(kind, f"{prefix}{field.name}.")
         else:
-            found[prefix + field.name] = field.metadata.get("help", "") + _range_in_words(field.metadata)
-    return found
+            yield prefix + field.name, field, kind
+
+
+def is_record(kind: Any) -> TypeGuard[type]:
+    """Whether an option's type is itself a record of options."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _range_in_words(metadata: Mapping[str, Any]) -> str:

@@ -1,17 +1,16 @@
 """The configuration that was saved with weights: foreign when it is read, and perhaps of an older layout."""
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
-from maskdit_jax.config import SECTIONS, ConfigDict, check_method, leaves, sampling_section
+from maskdit_jax.config import SECTIONS, ConfigDict, check_method, defaults, leaves, sampling_section
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.methods import METHODS
-from maskdit_jax.options import IN_WORDS, as_section, is_a
+from maskdit_jax.methods.method import Shape
+from maskdit_jax.options import IN_WORDS, as_section, each_option, is_a
 
 # What weights need of the configuration saved with them, beside the method: all that an import has.
-_DATA = ("image_size", "channels", "num_classes", "space", "latent_scale")
+_DATA = tuple(f"data.{name}" for name in (*Shape._fields, "space", "latent_scale"))
 # What is used, beyond that, of the configuration of a run.
 _OF_RUNS = {
     "vae": str,
@@ -48,11 +47,17 @@ def _check_types(content: dict[str, Any]) -> None:
         raise UserError("the configuration lacks method.name")
     if not isinstance(name, str) or name not in METHODS:
         raise UserError(f"method.name={shown(name)} is unknown; known: {', '.join(METHODS)}")
-    kinds = {"method.name": str} | dict(_types(METHODS[name], "method."))
-    kinds |= {f"data.{option}": kind for option, kind in _types(SECTIONS["data"], "") if option in _DATA}
-    kinds |= dict(_types(SECTIONS["compute"], "compute."))
-    sampling = sampling_section(SamplerOptions())
-    kinds |= {f"sampling.{option}": get_type_hints(SamplerOptions)[option] for option in sampling}
+    kinds: dict[str, type] = {"method.name": str}
+    for section, record in (
+        ("method", METHODS[name]),
+        ("data", SECTIONS["data"]),
+        ("compute", SECTIONS["compute"]),
+        ("sampling", SamplerOptions),
+    ):
+        kinds |= {option: kind for option, _, kind in each_option(record, f"{section}.")}
+    for option in [o for o in kinds if o.partition(".")[0] == "data" and o not in _DATA]:
+        del kinds[option]
+    del kinds["sampling.guidance_interval"]
     missing = [name for name in kinds if name not in found]
     if missing:
         raise UserError(f"the configuration lacks {', '.join(missing[:3])}")
@@ -68,33 +73,21 @@ def _check_types(content: dict[str, Any]) -> None:
             raise UserError(f"{shown(name)} is no 64-bit number")
 
 
-def _types(record: type, prefix: str) -> Iterator[tuple[str, type]]:
-    """Full name and type of every option of a record type."""
-    hints = get_type_hints(record)
-    for field in fields(record):
-        kind = hints[field.name]
-        if is_dataclass(kind):
-            yield from _types(kind, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, kind
-
-
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A configuration of today's layout; before there were methods, all was MaskDiT, in other sections."""
     if "method" in content or "model" not in content:
         return content
     content = {name: dict(x) if isinstance(x, dict) else x for name, x in content.items()}
     model, diffusion = content.pop("model"), content.pop("diffusion")
-    kind = METHODS["maskdit"]
     compute = {name: model.pop(name) for name in as_section(SECTIONS["compute"]())}
     shape = {name: model.pop(name) for name in ("image_size", "channels", "num_classes")}
     # The weight of the loss decided it.
     network = model | {"mask_token": diffusion["mae_coef"] > 0}
-    options = as_section(kind()) | diffusion
-    content["method"] = options | {"name": "maskdit", "network": network}
+    options = defaults("maskdit").method.to_dict() | diffusion
+    content["method"] = options | {"network": network}
     content["data"] |= shape
     content["compute"] = compute
-    content["sampling"] = sampling_section(kind.sampler) | content["sampling"]
+    content["sampling"] = sampling_section(METHODS["maskdit"].sampler) | content["sampling"]
     if "training" in content:
         training = content["training"]
         content["ema"] = as_section(SECTIONS["ema"](decay=training.pop("ema_decay")))
