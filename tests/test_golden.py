@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax import nnx
 from golden_case import GOLDEN, Case, assert_close_to_rms, channels_last
+from maskdit_jax.diffusion.losses import maskdit_loss
 from tiny import ROOT, command_environment
 
 from maskdit_jax.diffusion.edm import coefficients, loss_weight
 from maskdit_jax.diffusion.guidance import guide
-from maskdit_jax.diffusion.losses import maskdit_loss
 from maskdit_jax.diffusion.solvers import integrate, sigma_grid
 from maskdit_jax.interop.names import to_torch
 from maskdit_jax.models.embed import noise_features, position_table

@@ -1,7 +1,7 @@
 """Random-access sources by name: a source reads a batch of its items at a time."""
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -9,18 +9,11 @@ from maskdit_jax.data.image_sets import ImageSet, open_image_set
 from maskdit_jax.data.images import centre_square, random_square, to_float
 from maskdit_jax.data.shards import open_shards
 from maskdit_jax.errors import UserError
+from maskdit_jax.methods.method import Shape
 
 NUM_HELD_OUT_DIGITS = 360
 
 Batch = dict[str, np.ndarray]
-
-
-class Shape(NamedTuple):
-    """What a source says of its items, to be compared with the configuration."""
-
-    image_size: int
-    channels: int
-    num_classes: int
 
 
 class Source(Protocol):
@@ -127,22 +120,20 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def open_source(
     name: str,
+    wanted: Shape,
     *,
-    image_size: int,
-    channels: int,
-    num_classes: int,
     space: str,
     seed: int = 0,
     flip: bool = False,
     max_zoom: float = 1.0,
 ) -> Source:
-    """Training split of the source of that name; its shape must be the model's.
+    """Training split of the source of that name; its shape must be the one that is wanted.
 
     `digits`, `folder:PATH` and `tfds:NAME` give pixels, flipped and zoomed at random if asked to;
-    `latents:FOLDER` gives cached moments. A model with num_classes 0 takes any and ignores labels.
+    `latents:FOLDER` gives cached moments. Wanted with num_classes 0, it may have any.
 
     Raises:
-      UserError: unknown name, missing or damaged data, or another shape than the model's.
+      UserError: unknown name, missing or damaged data, or another shape than what is wanted.
     """
     kind, _, path = name.partition(":")
     source: Source
@@ -152,7 +143,7 @@ def open_source(
         source = LatentShards(path)
     elif kind in ("folder", "tfds"):
         images = open_image_set(name)
-        source = Pixels(images, image_size=image_size, seed=seed, flip=flip, max_zoom=max_zoom)
+        source = Pixels(images, image_size=wanted.image_size, seed=seed, flip=flip, max_zoom=max_zoom)
     else:
         raise UserError(
             f"data.source={name!r} is unknown; known: digits, latents:FOLDER, folder:PATH, tfds:NAME"
@@ -161,10 +152,10 @@ def open_source(
     if gives != space:
         how = "encode them first: tools/encode_latents.py" if gives == "pixels" else "set data.space=latents"
         raise UserError(f"data.source={name!r} gives {gives}, but data.space={space!r}; {how}")
-    wanted = Shape(image_size, channels, num_classes or source.shape.num_classes)
+    wanted = wanted._replace(num_classes=wanted.num_classes or source.shape.num_classes)
     if source.shape != wanted:
         differences = [
-            f"model.{field}={asked} but the data has {found}"
+            f"data.{field}={asked} but the data has {found}"
             for field, asked, found in zip(Shape._fields, wanted, source.shape, strict=True)
             if asked != found
         ]

@@ -100,7 +100,7 @@ class SamplerOptions:
     S_max: float = 1e9
     S_noise: float = 1.0
 
-    def check(self, prefix: str = "") -> None:
+    def check(self, prefix: str = "", levels=None) -> None:
         """Refuse what no sampler can work with; `prefix` goes before the names in messages.
 
         Raises:
@@ -157,6 +157,7 @@ def generate(
     image_shape: tuple[int, int, int],
     options: SamplerOptions,
     noise: jax.Array | None = None,
+    levels=None,
 ) -> jax.Array:
     """Samples [B, H, W, C] float32 for seeds [B] and labels [B]; each draw is from the image's own seed.
 

@@ -8,16 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskdit_jax.api import Model, load
+from maskdit_jax.api import load
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits
+from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
+from maskdit_jax.sampling import Model
 from maskdit_jax.training.checkpoint import FOLDER, open_run
-from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.training.report import sample_grid
 
 CARD, GRID = "card.json", "samples.png"

@@ -157,6 +157,9 @@ class MaskDiT(Method):
     def denoiser(self, network: Network) -> Denoiser:
         return precondition(network, self.sigma_data)
 
+    def data_std(self) -> float:
+        return self.sigma_data
+
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean over tokens of values [B, N] where weights [B, N] is 1, per sample [B]."""
