@@ -57,9 +57,9 @@ def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
     if at_most is None and isinstance(value, int):
         at_most = MAX_INTEGER
     at_least, above = allowed.get("at_least"), allowed.get("above")
-    if at_most is not None and at_least is not None and isinstance(value, float):
-        if not at_least <= value <= at_most:
-            raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
+    both = at_least is not None and at_most is not None and isinstance(value, float)
+    if both and not at_least <= value <= at_most:
+        raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
     if at_most is not None and value > at_most:
         raise UserError(f"{name}={shown(value)} must be at most {at_most:,}")
     if math.isinf(value):

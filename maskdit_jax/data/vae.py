@@ -62,7 +62,7 @@ def load_autoencoder(path: str | Path, precision: str = "float32") -> "Autoencod
 def open_codec(
     space: str, latent_scale: float, channels: int, vae: str | Path | None, precision: str
 ) -> Codec:
-    """The codec of a model that sees `channels` channels, with the autoencoder at `vae`, if that is not empty.
+    """The codec of a model that sees `channels` channels, with the autoencoder at `vae` if it is given.
 
     Raises:
       UserError: there is no such autoencoder, or it is none for this model.

@@ -128,7 +128,7 @@ class MaskDiT(Method):
         return MaskDiTDraws(clean, clean + per_sample(sigma) * noise, sigma, labels, mask)
 
     def loss(self, network: Network, draws: MaskDiTDraws) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Denoising of the visible patches, and mae_coef times the reconstruction of the hidden ones (sec. 3.3).
+        """Denoising of the visible patches, mae_coef times reconstruction of the hidden ones (sec. 3.3).
 
         The reconstruction target is the noisy patch, standardised by its own mean and variance. With
         nothing hidden the loss is the plain weighted error, and there is no reconstruction.
