@@ -79,7 +79,7 @@ class Run:
 class Data:
     """What the model sees, and where it comes from."""
 
-    source: str = option("", "digits, latents:FOLDER, folder:PATH or tfds:NAME")
+    source: str = option("", "digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH or tfds:NAME")
     space: str = option(
         "latents", "what the model sees: latents, or pixels in [-1, 1]", choices=("latents", "pixels")
     )
@@ -297,7 +297,7 @@ def _check_together(config: ConfigDict) -> None:
     )
     count = config.evaluation.num_samples
     _require(
-        not count or config.data.source == "digits",
+        not count or config.data.source.partition(":")[0] == "digits",
         f"evaluation.num_samples={count} is for data.source='digits'; set it to 0",
     )
     _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")

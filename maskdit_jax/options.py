@@ -7,6 +7,7 @@ float, str, or another record. A configuration is such records by the names of i
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 from maskdit_jax.errors import UserError, shown
@@ -32,17 +33,22 @@ def option(
 
 
 def check_options(record: Any, prefix: str = "") -> None:
-    """Check the value of every option of a record, and of the records in it.
+    """Check the value of every option of a record, and of the records in it; other fields are passed over.
 
     Raises:
-      UserError: a value is not known, out of range or not finite; `prefix` goes before its name.
+      UserError: a value is of another type, not known, out of range or not finite; `prefix` goes before
+        its name.
     """
+    hints = get_type_hints(type(record))
     for field in dataclasses.fields(record):
         name, value = prefix + field.name, getattr(record, field.name)
         if dataclasses.is_dataclass(value):
             check_options(value, f"{name}.")
-        else:
-            _check_option(name, value, field.metadata.get(_RANGE, {}))
+        elif _RANGE in field.metadata:
+            kind = hints[field.name]
+            if not is_a(value, kind):
+                raise UserError(f"{name}={shown(repr(value))}: expected {IN_WORDS[kind]}")
+            _check_option(name, value, field.metadata[_RANGE])
 
 
 def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
@@ -51,15 +57,17 @@ def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
         raise UserError(f"{name}={shown(repr(value))} is unknown; known: {', '.join(choices)}")
     if isinstance(value, (str, bool)):
         return
+    if not isinstance(value, Integral):
+        value = float(value)
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{name}={value} must be finite")
     at_most = allowed.get("at_most")
-    if at_most is None and isinstance(value, int):
+    if at_most is None and isinstance(value, Integral):
         at_most = MAX_INTEGER
     at_least, above = allowed.get("at_least"), allowed.get("above")
-    if at_most is not None and at_least is not None and isinstance(value, float):
-        if not at_least <= value <= at_most:
-            raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
+    both = at_least is not None and at_most is not None and isinstance(value, float)
+    if both and not at_least <= value <= at_most:
+        raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
     if at_most is not None and value > at_most:
         raise UserError(f"{name}={shown(value)} must be at most {at_most:,}")
     if math.isinf(value):
@@ -75,7 +83,7 @@ def is_a(value: Any, kind: type) -> bool:
     """Whether a value, of a file perhaps, is one of an option of type `kind`; no truth value is a number."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def as_section(record: Any) -> dict[str, Any]:
