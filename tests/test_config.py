@@ -84,8 +84,8 @@ def test_every_recipe_names_its_data(name):
 
 
 def test_size_fills_in_what_is_0():
-    model = resolved("base", "model.size=B/4", "model.depth=3").model
-    assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (3, 768, 12, 4)
+    model = resolved("base", "method.network.size=B/4", "method.network.depth=3").model
+    assert (method.network.depth, method.network.hidden_size, method.network.num_heads, method.network.patch_size) == (3, 768, 12, 4)
 
 
 def test_mesh_data_0_takes_the_devices_that_fsdp_leaves():
@@ -102,23 +102,23 @@ def test_resolving_leaves_the_configuration_as_it_was():
 
 
 IN_ALL = {
-    "model.size": "XL/2",
-    "model.channels": 4,
-    "model.num_classes": 1000,
-    "model.use_decoder": True,
-    "model.decoder_hidden_size": 512,
-    "model.decoder_depth": 8,
-    "model.decoder_num_heads": 16,
-    "diffusion.sigma_data": 0.5,
-    "diffusion.P_mean": -1.2,
-    "diffusion.P_std": 1.2,
-    "diffusion.mae_coef": 0.1,
-    "diffusion.label_dropout": 0.1,
-    "diffusion.mask_ratio_min": 0,
+    "method.network.size": "XL/2",
+    "data.channels": 4,
+    "data.num_classes": 1000,
+    "method.network.use_decoder": True,
+    "method.network.decoder_hidden_size": 512,
+    "method.network.decoder_depth": 8,
+    "method.network.decoder_num_heads": 16,
+    "method.sigma_data": 0.5,
+    "method.P_mean": -1.2,
+    "method.P_std": 1.2,
+    "method.mae_coef": 0.1,
+    "method.label_dropout": 0.1,
+    "method.mask_ratio_min": 0,
     "data.space": "latents",
     "data.latent_scale": 0.18215,
     "training.batch_size": 1024,
-    "training.ema_decay": 0.9999,
+    "ema.decay": 0.9999,
     "optimizer.warmup_kimg": 0,
     "optimizer.b1": 0.9,
     "optimizer.b2": 0.999,
@@ -134,8 +134,8 @@ IN_ALL = {
     "sampling.S_churn": 0,
 }
 COLUMNS = """
-    model.image_size training.num_steps optimizer.learning_rate
-    diffusion.mask_ratio diffusion.mask_schedule
+    data.image_size training.num_steps optimizer.learning_rate
+    method.mask_ratio method.mask_schedule
 """.split()
 # Last: the dtype of compute, and the share of the patches that is visible at the first and the last step.
 RECIPES = {
@@ -153,9 +153,9 @@ def test_recipe_is_the_published_one(name):
     values, dtype, visible = RECIPES[name]
     config = resolved(name)
     assert leaves(config) == leaves(config) | IN_ALL | dict(zip(COLUMNS, values, strict=True))
-    assert PRECISIONS[config.model.precision][0] == dtype
+    assert PRECISIONS[config.compute.precision][0] == dtype
 
-    training, num_tokens = build(config), (config.model.image_size // 2) ** 2
+    training, num_tokens = build(config), (config.data.image_size // 2) ** 2
     first_and_last = training.num_keep(0), training.num_keep(config.training.num_steps - 1)
     assert tuple(num_keep / num_tokens for num_keep in first_and_last) == visible
 
@@ -220,8 +220,8 @@ def test_every_option_that_is_read_exists():
         ("training.num_steps=7", 7),
         ("optimizer.learning_rate=3", 3.0),
         ("optimizer.learning_rate=2.5e-4", 2.5e-4),
-        ("diffusion.P_mean=-0.4", -0.4),
-        ("model.size=B/4", "B/4"),
+        ("method.P_mean=-0.4", -0.4),
+        ("method.network.size=B/4", "B/4"),
         ("data.source=latents:/data/a=b", "latents:/data/a=b"),
         ("seed=5", 5),
     ],
@@ -251,23 +251,23 @@ def test_last_override_counts():
         ("training.num_steps=1.5", ["--config.training.num_steps=1.5", "a whole number"]),
         ("optimizer.learning_rate=fast", ["--config.optimizer.learning_rate=fast", "a number"]),
         ("report.tensorboard=maybe", ["--config.report.tensorboard=maybe", "true or false"]),
-        ("model.size=XXL/2", ["model.size='XXL/2'", "XL, H", "custom"]),
-        ("model.size=XL/3", ["model.size='XL/3'", "/2, /4 or /8"]),
-        ("model.size=XL", ["model.size='XL'", "/2, /4 or /8"]),
-        ("model.patch_size=3", ["model.patch_size=3", "model.image_size=8"]),
-        ("model.num_heads=192", ["model.num_heads=192", "model.hidden_size=96"]),
-        ("model.num_heads=5", ["model.num_heads=5", "model.hidden_size=96"]),
-        ("model.decoder_num_heads=5", ["model.decoder_num_heads=5", "model.decoder_hidden_size=48"]),
-        ("model.use_decoder=false", ["diffusion.mae_coef=0.1", "model.use_decoder=false"]),
+        ("method.network.size=XXL/2", ["method.network.size='XXL/2'", "XL, H", "custom"]),
+        ("method.network.size=XL/3", ["method.network.size='XL/3'", "/2, /4 or /8"]),
+        ("method.network.size=XL", ["method.network.size='XL'", "/2, /4 or /8"]),
+        ("method.network.patch_size=3", ["method.network.patch_size=3", "data.image_size=8"]),
+        ("method.network.num_heads=192", ["method.network.num_heads=192", "method.network.hidden_size=96"]),
+        ("method.network.num_heads=5", ["method.network.num_heads=5", "method.network.hidden_size=96"]),
+        ("method.network.decoder_num_heads=5", ["method.network.decoder_num_heads=5", "method.network.decoder_hidden_size=48"]),
+        ("method.network.use_decoder=false", ["method.mae_coef=0.1", "method.network.use_decoder=false"]),
         ("mesh.data=4", ["mesh.data=4", "8"]),
         ("mesh.fsdp=3", ["mesh.fsdp=3", "8"]),
         ("mesh.fsdp=16", ["mesh.fsdp=16", "8"]),
         ("sampling.sigma_min=80", ["sampling.sigma_min=80.0", "sigma_max=80.0"]),
         ("seed=4294967296", ["seed=4294967296", "4,294,967,295"]),
         ("seed=18446744073709551616", ["seed=18446744073709551616", "4,294,967,295"]),
-        ("model.hidden_size=1000000000", ["model.hidden_size=1000000000", "65,536"]),
-        ("model.num_classes=3000000000", ["model.num_classes=3000000000", "10,000,000"]),
-        ("model.image_size=1024", ["model.image_size=1024", "262,144 tokens", "65,536"]),
+        ("method.network.hidden_size=1000000000", ["method.network.hidden_size=1000000000", "65,536"]),
+        ("data.num_classes=3000000000", ["data.num_classes=3000000000", "10,000,000"]),
+        ("data.image_size=1024", ["data.image_size=1024", "262,144 tokens", "65,536"]),
         ("training.num_steps=3000000000", ["training.num_steps=3000000000", "2,147,483,647"]),
         ("report.preview_columns=1000000000000", ["report.preview_columns=1000000000000"]),
         ("report.preview_columns=10000", ["report.preview_columns=10000", "100,000 images"]),
@@ -277,7 +277,7 @@ def test_last_override_counts():
         ("sampling.sigma_max=nan", ["sampling.sigma_max=nan"]),
         ("sampling.solver=best", ["sampling.solver='best'", "heun, euler"]),
         ("optimizer.eps=1e999", ["optimizer.eps=inf", "finite"]),
-        ("model.patch_size=1", ["diffusion.mae_coef=0.1", "model.patch_size=1", "model.channels=1"]),
+        ("method.network.patch_size=1", ["method.mae_coef=0.1", "method.network.patch_size=1", "data.channels=1"]),
         ("data.source=latents:data", ["evaluation.num_samples=1437", "digits"]),
     ],
 )
@@ -292,7 +292,7 @@ def test_unknown_choice_lists_the_known_ones(name):
         resolved("digits", f"{name}=best")
 
 
-@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"diffusion.P_mean"}))
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"method.P_mean"}))
 def test_negative_number_is_an_error(name):
     """A mean of logarithms is the only number that may be negative."""
     with user_error(f"{name}=-1"):
@@ -300,8 +300,8 @@ def test_negative_number_is_an_error(name):
 
 
 MAY_BE_0 = """
-    seed model.num_classes diffusion.P_mean diffusion.mae_coef diffusion.label_dropout
-    diffusion.mask_ratio diffusion.mask_ratio_min diffusion.mask_schedule_steps training.ema_decay
+    seed data.num_classes method.P_mean method.mae_coef method.label_dropout
+    method.mask_ratio method.mask_ratio_min method.mask_schedule_steps ema.decay
     optimizer.warmup_kimg optimizer.b1 optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data
     checkpoint.keep_every_steps report.preview_steps
     sampling.cfg_scale sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
@@ -323,7 +323,7 @@ def test_zero_is_accepted_where_it_means_something(name):
 
 @pytest.mark.parametrize(
     "name",
-    """diffusion.label_dropout diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay
+    """method.label_dropout method.mask_ratio method.mask_ratio_min ema.decay
     optimizer.b1 optimizer.b2""".split(),
 )
 def test_share_above_1_is_an_error(name):
@@ -348,7 +348,7 @@ def test_batch_that_does_not_divide_comes_with_ones_that_do(batch_size, accumula
 @pytest.mark.parametrize("name", ["mask_ratio", "mask_ratio_min"])
 def test_mask_that_hides_everything_comes_with_a_ratio_that_does_not(name, image_size, tokens):
     """Either end of a schedule counts."""
-    size, schedule = f"model.image_size={image_size}", "diffusion.mask_schedule=linear"
+    size, schedule = f"data.image_size={image_size}", "method.mask_schedule=linear"
     with user_error(f"diffusion.{name}=1.0", f"all {tokens} patches") as message:
         resolved("digits", size, schedule, f"diffusion.{name}=1")
     proposed = message[0].partition("at most ")[2]

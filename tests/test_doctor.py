@@ -19,9 +19,9 @@ COMMAND = str(ROOT / "tools" / "doctor.py")
 DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
 TINY_IN256 = [
     f"--config={ROOT / 'configs' / 'in256.py'}",
-    "--config.model.size=S/2",
-    "--config.model.depth=1",
-    "--config.model.decoder_depth=1",
+    "--config.method.network.size=S/2",
+    "--config.method.network.depth=1",
+    "--config.method.network.decoder_depth=1",
 ]
 LIMIT_S = 60
 
