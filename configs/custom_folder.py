@@ -14,9 +14,9 @@ def get_config():
     config.data.source = "latents:data/custom"
     config.data.num_threads = 1
     config.vae = "sd-vae-ft-ema"  # previews and samples as pixels
-    config.model.size = "B/2"
-    config.model.image_size = 32  # resolution / 8
-    config.model.num_classes = 10  # sub-folders; 0: none
+    config.data.image_size = 32  # resolution / 8
+    config.data.num_classes = 10  # sub-folders; 0: none
+    config.method.network.size = "B/2"
     config.training.update(num_steps=200_000, batch_size=256)
     config.checkpoint.every_steps = 2_000
     config.report.preview_steps = 5_000

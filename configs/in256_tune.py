@@ -9,8 +9,8 @@ from configs import in256
 
 def get_config():
     config = in256.get_config()
-    config.model.precision = "tf32"
-    config.diffusion.mask_ratio = 0.0
+    config.compute.precision = "tf32"
+    config.method.mask_ratio = 0.0
     config.training.num_steps = 75_000
     config.optimizer.learning_rate = 5e-5
     return config

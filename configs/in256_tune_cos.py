@@ -11,7 +11,7 @@ from configs import in256_tune
 
 def get_config():
     config = in256_tune.get_config()
-    config.diffusion.update(mask_ratio=0.5, mask_ratio_min=0.0, mask_schedule="cosine4")
-    config.diffusion.mask_schedule_steps = 100_000  # longer than the run
+    config.method.update(mask_ratio=0.5, mask_ratio_min=0.0, mask_schedule="cosine4")
+    config.method.mask_schedule_steps = 100_000  # longer than the run
     config.training.num_steps = 37_500
     return config

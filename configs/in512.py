@@ -12,7 +12,7 @@ from configs import in256
 
 def get_config():
     config = in256.get_config()
-    config.model.image_size = 64
+    config.data.image_size = 64
     config.data.source = "latents:data/in512"
     config.training.num_steps = 1_000_000
     return config

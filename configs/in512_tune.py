@@ -9,8 +9,7 @@ from configs import in256_tune, in512
 
 def get_config():
     config, tune = in512.get_config(), in256_tune.get_config()
-    config.model.precision = tune.model.precision
-    config.diffusion = tune.diffusion
+    config.compute, config.method = tune.compute, tune.method
     config.optimizer = tune.optimizer
     config.training.num_steps = 50_000
     return config

@@ -7,7 +7,7 @@ from maskdit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from maskdit_jax.api import Model, load
-    from maskdit_jax.data.codec import Autoencoder, load_autoencoder
+    from maskdit_jax.data.vae import Autoencoder, load_autoencoder
     from maskdit_jax.exchange import export_torch, import_torch
 
 __version__ = "0.1.0"
@@ -16,12 +16,12 @@ __all__ = ["Autoencoder", "Model", "UserError", "export_torch", "import_torch", 
 # Where each name lives. It is imported when it is first used: who wants the network alone, or a flag's
 # help, does not wait for Orbax.
 _HOMES = {
-    "Autoencoder": "data.codec",
-    "Model": "api",
+    "Autoencoder": "data.vae",
+    "Model": "sampling",
     "export_torch": "exchange",
     "import_torch": "exchange",
     "load": "api",
-    "load_autoencoder": "data.codec",
+    "load_autoencoder": "data.vae",
 }
 
 

@@ -1,14 +1,14 @@
-"""Configurations: fill in sizes, check every value before anything is built."""
+"""Configurations: the sections that all methods share, and the checks that concern several of them."""
 
-import math
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 from maskdit_jax.diffusion.solvers import SamplerOptions
-from maskdit_jax.errors import UserError, first_line, known, shown
-from maskdit_jax.models.blocks import REMAT_POLICIES, UNROLL_CHOICES
-from maskdit_jax.models.maskdit import PRECISIONS, SIZES, MaskDiT
-from maskdit_jax.models.masking import count_kept
-from maskdit_jax.training.optimizer import MASK_SCHEDULES
+from maskdit_jax.errors import UserError, known, shown
+from maskdit_jax.methods import METHODS
+from maskdit_jax.methods.method import Method, Shape
+from maskdit_jax.models.compute import Compute
+from maskdit_jax.options import as_section, check_options, describe_options, each_option, from_section, option
 
 try:
     from ml_collections import ConfigDict
@@ -49,51 +49,176 @@ except ModuleNotFoundError:
             return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in self.items()}
 
 
-CHOICES = {
-    "model.precision": PRECISIONS,
-    "model.remat": REMAT_POLICIES,
-    "model.unroll": UNROLL_CHOICES,
-    "diffusion.mask_schedule": MASK_SCHEDULES,
-    "data.space": ("latents", "pixels"),
-}
-AT_LEAST_ONE = """
-    model.depth model.hidden_size model.num_heads model.patch_size model.image_size model.channels
-    model.decoder_hidden_size model.decoder_depth model.decoder_num_heads data.num_threads data.max_zoom
-    training.num_steps training.batch_size training.accumulate training.max_nonfinite_steps mesh.fsdp
-    checkpoint.every_steps checkpoint.keep report.every_steps report.preview_rows
-    report.preview_columns
-""".split()
-POSITIVE = """
-    diffusion.sigma_data diffusion.P_std data.latent_scale optimizer.learning_rate optimizer.eps
-""".split()
-NOT_NEGATIVE = """
-    seed model.num_classes diffusion.mae_coef diffusion.mask_schedule_steps optimizer.warmup_kimg
-    optimizer.weight_decay optimizer.clip_norm mesh.data checkpoint.keep_every_steps report.preview_steps
-    evaluation.num_samples
-""".split()
-SHARES = """
-    diffusion.label_dropout diffusion.mask_ratio diffusion.mask_ratio_min training.ema_decay
-    optimizer.b1 optimizer.b2
-""".split()
-# Far beyond what anybody trains. What is larger is a slip, over which XLA would abort the process, or numpy
-# ask for terabytes, before any line of ours could say so.
-AT_MOST = {
-    "seed": 2**32 - 1,  # JAX drops the bits above
-    "model.depth": 1_000,
-    "model.hidden_size": 2**16,
-    "model.decoder_depth": 1_000,
-    "model.decoder_hidden_size": 2**16,
-    "model.image_size": 2**14,
-    "model.channels": 2**12,
-    "model.num_classes": 10**7,
-    "data.num_threads": 1_000,
-    "training.batch_size": 2**20,
-    "evaluation.num_samples": 10**6,
-}
-MAX_INTEGER = 2**31 - 1  # of every other whole number: the counters of the training state are int32
-MAX_TOKENS = 2**16
-IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+EMA_RULES = ("constant", "warmup")
+INIT_WEIGHTS = ("both", "params", "ema")
 MAX_PREVIEWS = 10_000  # images of one grid, sampled at once
+
+
+# Upper bounds are far beyond what anybody trains. What is larger is a slip, over which XLA would abort the
+# process, or numpy ask for terabytes, before any line of ours could say so.
+@dataclass(frozen=True)
+class Run:
+    """Options outside of any section."""
+
+    seed: int = option(
+        0,
+        "of initialisation, data order and every random draw of training",
+        at_least=0,
+        at_most=2**32 - 1,  # JAX drops the bits above
+    )
+    init_from: str = option("", "folder of a run or import whose weights the run starts from")
+    init_weights: str = option(
+        "both", "of init_from: both sets as they are, or params or ema for both", choices=INIT_WEIGHTS
+    )
+    vae: str = option(
+        "", "the latents' autoencoder, to show samples as pixels: diffusers folder or .pth file"
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the model sees, and where it comes from."""
+
+    source: str = option("", "digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH or tfds:NAME")
+    space: str = option(
+        "latents", "what the model sees: latents, or pixels in [-1, 1]", choices=("latents", "pixels")
+    )
+    image_size: int = option(32, "height and width of what the model sees", at_least=1, at_most=2**14)
+    channels: int = option(4, "channels of what the model sees", at_least=1, at_most=2**12)
+    num_classes: int = option(1000, "0: unconditional", at_least=0, at_most=10**7)
+    latent_scale: float = option(
+        0.18215, "latents = latent_scale · autoencoder output; only for cached moments", above=0
+    )
+    num_threads: int = option(
+        4,
+        "reading threads of each process; 1 is fastest for latents in the page cache",
+        at_least=1,
+        at_most=1_000,
+    )
+    flip: bool = option(False, "mirror half of the images of folder: and tfds:")
+    max_zoom: float = option(
+        1.0, "random short side of 1 … max_zoom · image_size, random crop; 1: centre crop", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, and on how much at a time."""
+
+    num_steps: int = option(2_000_000, "optimizer updates", at_least=1)
+    batch_size: int = option(
+        1024, "items per update, over all devices and processes", at_least=1, at_most=2**20
+    )
+    accumulate: int = option(
+        1, "microbatches a batch is cut into, one after the other, to save memory", at_least=1
+    )
+    max_nonfinite_steps: int = option(100, "stop after so many skipped updates in a row", at_least=1)
+
+
+@dataclass(frozen=True)
+class Ema:
+    """The average of the weights that samples are made with."""
+
+    decay: float = option(0.9999, "per update", at_least=0, at_most=1)
+    rule: str = option("constant", "constant, or warmup: from copies at first to `decay`", choices=EMA_RULES)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    learning_rate: float = option(1e-4, "after the warm-up", above=0)
+    warmup_kimg: float = option(0.0, "linear warm-up, in thousands of items", at_least=0)
+    b1: float = option(0.9, "decay of the mean of the gradient", at_least=0, at_most=1)
+    b2: float = option(0.999, "decay of the mean of its square", at_least=0, at_most=1)
+    eps: float = option(1e-8, "added to the root of that mean", above=0)
+    weight_decay: float = option(0.0, "times the learning rate, on every parameter", at_least=0)
+    clip_norm: float = option(0.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How devices share the work."""
+
+    data: int = option(0, "devices along the data axis; 0: all that `fsdp` leaves", at_least=0)
+    fsdp: int = option(1, "devices that share the parameters, EMA and optimizer state", at_least=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When a run is saved."""
+
+    every_steps: int = option(5_000, "updates between checkpoints", at_least=1)
+    keep: int = option(3, "newest checkpoints kept", at_least=1)
+    keep_every_steps: int = option(
+        0, "checkpoints of every so many updates are kept for good; 0: none", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a person sees of a run."""
+
+    every_steps: int = option(100, "updates between progress lines", at_least=1)
+    tensorboard: bool = option(True, "write scalars and sample grids for TensorBoard")
+    preview_steps: int = option(50_000, "updates between sample grids; 0: only at the end", at_least=0)
+    preview_rows: int = option(10, "rows of the grid: the first classes", at_least=1)
+    preview_columns: int = option(10, "columns of the grid: samples of each class", at_least=1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The card at the end of training."""
+
+    num_samples: int = option(0, "samples of the card; 0: no card", at_least=0, at_most=10**6)
+
+
+SECTIONS = {
+    "data": Data,
+    "compute": Compute,
+    "training": Training,
+    "ema": Ema,
+    "optimizer": Optimizer,
+    "mesh": Mesh,
+    "checkpoint": Checkpoint,
+    "report": Report,
+    "evaluation": Evaluation,
+}
+_NOT_IN_CONFIGS = ("guidance_interval",)  # of the sampler: a pair, and the choice of one command
+
+
+def defaults(method: str = "maskdit") -> ConfigDict:
+    """Every option with its default: those of all methods, and `method`'s own; locked.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    if method not in METHODS:
+        raise UserError(f"method.name={method!r} is unknown; known: {', '.join(METHODS)}")
+    kind = METHODS[method]
+    config = ConfigDict(as_section(Run()))
+    config.method = {"name": method, **_unfilled(kind)}
+    for name, section in SECTIONS.items():
+        config[name] = ConfigDict(as_section(section()))
+    config.sampling = sampling_section(kind.sampler)
+    return config.lock()
+
+
+def _unfilled(kind: type) -> dict[str, Any]:
+    """The defaults of a record type as they are written, before it has filled in what follows from others."""
+    section: dict[str, Any] = {}
+    for name, field, _ in each_option(kind):
+        *parents, last = name.split(".")
+        node = section
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = field.default
+    return section
+
+
+def sampling_section(sampler: SamplerOptions) -> dict[str, Any]:
+    """Sampler options as a configuration holds them."""
+    return {name: value for name, value in as_section(sampler).items() if name not in _NOT_IN_CONFIGS}
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -105,41 +230,45 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def described(config: ConfigDict) -> list[str]:
+    """A line for every option of a configuration: its full name, its value and what it is for."""
+    words = describe_options(Run) | describe_options(METHODS[config.method.name], "method.")
+    for name, section in (SECTIONS | {"sampling": SamplerOptions}).items():
+        words |= describe_options(section, f"{name}.")
+    return [
+        f"--config.{name}={value}  # {words[name]}" for name, value in leaves(config).items() if name in words
+    ]
+
+
+def method_of(config: ConfigDict) -> Method:
+    """The method of a configuration, with its options."""
+    return from_section(METHODS[config.method.name], config.method)
+
+
+def shape_of(config: ConfigDict) -> Shape:
+    """Shape of the data that a configuration's model sees."""
+    return Shape(*(config.data[name] for name in Shape._fields))
+
+
+def compute_of(config: ConfigDict) -> Compute:
+    """How a configuration computes its network."""
+    return from_section(Compute, config.compute)
+
+
 def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
-    """A checked, locked copy with the model's size filled in and the mesh made explicit.
+    """A checked, locked copy with the network's size filled in and the mesh made explicit.
 
     Raises:
       UserError: a value or a combination of values that cannot work.
     """
     config = ConfigDict(config.to_dict())
-    _resolve_size(config.model)
-    _check_values(config)
-    _check_model(config)
+    check_method(config)
+    check_options(from_section(Run, config))
+    for name, section in SECTIONS.items():
+        check_options(from_section(section, config[name]), f"{name}.")
+    _check_together(config)
     _check_devices(config, device_count)
     return config.lock()
-
-
-def network_options(config: ConfigDict) -> dict[str, Any]:
-    """Arguments of `MaskDiT` for a resolved configuration."""
-    options = config.model.to_dict()
-    del options["size"]
-    return options | {"use_mask_token": config.diffusion.mae_coef > 0}
-
-
-def _resolve_size(model: ConfigDict) -> None:
-    numbers = ("depth", "hidden_size", "num_heads", "patch_size")
-    if model.size == "custom":
-        preset = (0, 0, 0, 0)
-    else:
-        name, _, patch = model.size.partition("/")
-        if name not in SIZES or patch not in ("2", "4", "8"):
-            raise UserError(
-                f"model.size={model.size!r} is unknown; known: {', '.join(SIZES)} followed by /2, /4 "
-                "or /8, or custom"
-            )
-        preset = (*SIZES[name], int(patch))
-    for number, value in zip(numbers, preset, strict=True):
-        model[number] = model[number] or value
 
 
 def _require(holds: bool, message: str) -> None:
@@ -147,50 +276,28 @@ def _require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_values(config: ConfigDict) -> None:
-    for name, value in leaves(config).items():
-        if name in CHOICES:
-            known_values = ", ".join(CHOICES[name])
-            _require(value in CHOICES[name], f"{name}={value!r} is unknown; known: {known_values}")
-        if isinstance(value, str):
-            continue
-        if isinstance(value, int):
-            most = AT_MOST.get(name, MAX_INTEGER)
-            _require(value <= most, f"{name}={shown(value)} must be at most {most:,}")
-        _require(math.isfinite(value), f"{name}={value} must be finite")
-        _require(value >= 1 or name not in AT_LEAST_ONE, f"{name}={value} must be at least 1")
-        _require(value > 0 or name not in POSITIVE, f"{name}={value} must be greater than 0")
-        _require(value >= 0 or name not in NOT_NEGATIVE, f"{name}={value} must not be negative")
-        _require(0 <= value <= 1 or name not in SHARES, f"{name}={value} must be between 0 and 1")
-    SamplerOptions(**config.sampling.to_dict()).check("sampling.")
+def check_method(config: ConfigDict) -> None:
+    """The method alone, its sampler, and whether it fits the data; the network's size is filled in."""
+    name = config.method.name
+    _require(name in METHODS, f"method.name={shown(repr(name))} is unknown; known: {', '.join(METHODS)}")
+    method = method_of(config)
+    config.method.update(as_section(method))
+    check_options(method, "method.")
+    check_options(from_section(Data, config.data), "data.")
+    method.check(shape_of(config))
+    sampler = SamplerOptions(**config.sampling.to_dict())
+    sampler.check("sampling.", levels=method.noise_levels())
 
 
-def _check_model(config: ConfigDict) -> None:
-    m, d = config.model, config.diffusion
-    _check_network(m)
-    _require(
-        m.use_decoder or d.mae_coef == 0,
-        f"diffusion.mae_coef={d.mae_coef} needs a decoder; set it to 0 with model.use_decoder=false",
-    )
-    tokens = (m.image_size // m.patch_size) ** 2
-    _require(
-        not d.mae_coef or m.patch_size**2 * m.channels > 1,
-        f"diffusion.mae_coef={d.mae_coef}: a patch of one value (model.patch_size=1, model.channels=1) has "
-        "no variance to be reconstructed by; use diffusion.mae_coef=0 or a larger patch",
-    )
-    for ratio in ("mask_ratio",) if d.mask_schedule == "constant" else ("mask_ratio", "mask_ratio_min"):
-        at_most = math.floor(1000 * (1 - 1 / tokens)) / 1000
-        _require(
-            count_kept(tokens, d[ratio]) >= 1,
-            f"diffusion.{ratio}={d[ratio]} hides all {tokens} patches; use at most {at_most}",
-        )
+def _check_together(config: ConfigDict) -> None:
+    """What concerns several sections."""
     _require(
         not config.vae or config.data.space == "latents",
         f"vae={config.vae!r} decodes latents, but data.space='pixels'; leave it empty",
     )
     count = config.evaluation.num_samples
     _require(
-        not count or config.data.source == "digits",
+        not count or config.data.source.partition(":")[0] == "digits",
         f"evaluation.num_samples={count} is for data.source='digits'; set it to 0",
     )
     _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")
@@ -200,27 +307,6 @@ def _check_model(config: ConfigDict) -> None:
         f"report.preview_rows={rows} × report.preview_columns={columns} are {rows * columns:,} images, more "
         f"than {MAX_PREVIEWS:,}",
     )
-
-
-def _check_network(model: ConfigDict) -> None:
-    _require(
-        model.image_size % model.patch_size == 0,
-        f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}",
-    )
-    tokens = (model.image_size // model.patch_size) ** 2
-    _require(
-        tokens <= MAX_TOKENS,
-        f"model.image_size={model.image_size} in patches of {model.patch_size} makes {tokens:,} tokens, at "
-        f"most {MAX_TOKENS:,} are possible; use a larger model.patch_size",
-    )
-    stacks = [("hidden_size", "num_heads")]
-    stacks += [("decoder_hidden_size", "decoder_num_heads")] if model.use_decoder else []
-    for width, heads in stacks:
-        _require(
-            model[heads] <= model[width] and model[width] % model[heads] == 0,
-            f"model.{heads}={model[heads]} does not divide model.{width}={model[width]}",
-        )
-        _require(model[width] % 4 == 0, f"model.{width}={model[width]} must be a multiple of 4")
 
 
 def _check_devices(config: ConfigDict, device_count: int) -> None:
@@ -239,64 +325,3 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
             f"training.batch_size={training.batch_size} must divide by {device_count} devices × "
             f"{training.accumulate} microbatches; try {nearest}"
         )
-
-
-def _hints(of: Any, without: tuple[str, ...]) -> dict[str, type]:
-    return {name: kind for name, kind in get_type_hints(of).items() if name not in without}
-
-
-# What weights need of the configuration that was saved with them, which is all that an import has.
-SAVED_WITH_WEIGHTS: dict[str, dict[str, type]] = {
-    "model": {"size": str} | _hints(MaskDiT.__init__, without=("use_mask_token", "rngs", "return")),
-    "diffusion": {"sigma_data": float, "mae_coef": float},
-    "data": {"space": str, "latent_scale": float},
-    "sampling": _hints(SamplerOptions, without=("guidance_interval",)),
-}
-# What is used, beyond that, of the configuration of a run.
-_SAVED_WITH_RUNS = {
-    "vae": str,
-    "report.preview_rows": int,
-    "report.preview_columns": int,
-    "evaluation.num_samples": int,
-}
-_CLOSED = ("model", "sampling")  # these sections are arguments: nothing else may stand there
-
-
-def saved_config(content: Any) -> ConfigDict:
-    """The configuration that was saved with weights, found to have what their use needs.
-
-    Raises:
-      UserError: something is missing, of another type, or no value that `resolve` takes.
-    """
-    try:
-        found = leaves(content)
-        _check_types(found)
-        config = ConfigDict(content)
-    except UserError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the configuration cannot be used: {first_line(error, 100)}") from error
-    _check_values(config)
-    _check_network(config.model)
-    return config
-
-
-def _check_types(found: dict[str, Any]) -> None:
-    """Compare options, by their full names, with what is used of a saved configuration."""
-    kinds = {f"{s}.{name}": kind for s, names in SAVED_WITH_WEIGHTS.items() for name, kind in names.items()}
-    missing = [name for name in kinds if name not in found]
-    _require(not missing, f"the configuration lacks {', '.join(missing[:3])}")
-    for name, value in found.items():
-        closed = name.partition(".")[0] in _CLOSED and name not in kinds
-        _require(not closed, f"the option {shown(name)} is unknown")
-        kind = kinds.get(name) or _SAVED_WITH_RUNS.get(name) or type(value)
-        fits = kind in IN_WORDS and _is_a(value, kind)
-        _require(fits, f"{shown(name)}={shown(value)}: expected {IN_WORDS.get(kind, 'a number or a text')}")
-        # A longer one cannot even be compared with a float.
-        _require(not isinstance(value, int) or abs(value) < 2**63, f"{shown(name)} is no 64-bit number")
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)

@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import functools
 import numbers
 import re
 import sys
@@ -12,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdit_jax.config import IN_WORDS, ConfigDict, leaves
+from maskdit_jax.config import ConfigDict, defaults, leaves
 from maskdit_jax.errors import UserError, first_line, known, shown
+from maskdit_jax.methods import METHODS
+from maskdit_jax.options import IN_WORDS
 
 # The recipes stand beside the package in a checkout, and inside it where it was installed from a wheel.
 _PACKAGE = Path(__file__).parent
@@ -109,10 +110,9 @@ def _imports_recipes(file: Path) -> Iterator[None]:
         sys.modules.update({name: before[name] for name in filter(is_recipe, before)})
 
 
-@functools.cache
-def _options() -> dict[str, Any]:
-    """Every option with its default."""
-    return leaves(_run(RECIPES / "base.py", "configs/base.py"))
+def _all_options() -> dict[str, Any]:
+    """Every option of every method, with a default."""
+    return {name: value for method in METHODS for name, value in leaves(defaults(method)).items()}
 
 
 def _line_of(error: BaseException, file: Path) -> str:
@@ -139,11 +139,13 @@ def _explain(error: BaseException) -> str:
         unknown = re.match(r"Key \"(\w+)\" does not exist|'(\w+)'(?: is unknown|\nDid you mean|$)", text)
         if unknown:
             name = unknown[1] or unknown[2]
-            names = {part for option in _options() for part in option.split(".")}
+            names = {part for option in _all_options() for part in option.split(".")}
             return f"there is no option {shown(repr(name))}; nearest: {known(name, names, how_many=3)}"
     if isinstance(error, TypeError):
         wrong = re.match(r"Could not override field '(\w+)'.*?\. (.*?) is of ", text, re.DOTALL)
-        kinds = {type(v) for name, v in _options().items() if wrong and name.split(".")[-1] == wrong[1]}
+        kinds = {
+            type(value) for name, value in _all_options().items() if wrong and name.split(".")[-1] == wrong[1]
+        }
         if wrong and kinds:
             expected = " or ".join(sorted(IN_WORDS[kind] for kind in kinds))
             return f"{wrong[1]}={shown(wrong[2])}: expected {expected}"
@@ -174,8 +176,15 @@ def _nearest(error: BaseException) -> str:
 
 
 def _check_options(config: ConfigDict, path: str) -> None:
-    """Every option of base is there, in the type it has there, and no other."""
-    found, wanted = leaves(config), _options()
+    """Every option of the method and of all methods is there, in the type of its default, and no other."""
+    found = leaves(config)
+    method = found.get("method.name")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(
+            f"--config={path}: method.name={shown(method)} is unknown; known: {', '.join(METHODS)}; start "
+            "with `config = base.get_config(METHOD)`"
+        )
+    wanted = leaves(defaults(method))
     for name in found:
         if name not in wanted:
             raise UserError(
@@ -223,6 +232,11 @@ def _apply(config: ConfigDict, override: str) -> None:
         raise UserError(f"unknown option {shown(flag)}; nearest: {near}")
     if not separator:
         raise UserError(f"{flag} needs a value: {flag}=VALUE")
+    if name == "method.name":
+        raise UserError(
+            f"{flag}: a method brings its own options, so a configuration file chooses it: it starts with "
+            f"`config = base.get_config({shown(repr(text))})`"
+        )
     _section(config, name)[name.rpartition(".")[2]] = _parse(flag, text, type(options[name]))
 
 

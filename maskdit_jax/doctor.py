@@ -21,9 +21,11 @@ import numpy as np
 
 from maskdit_jax.config import ConfigDict, resolve
 from maskdit_jax.config_file import load
+from maskdit_jax.distributed import mesh
+from maskdit_jax.distributed.hosts import GPU_REMEDY, everywhere, joined
+from maskdit_jax.distributed.peers import Peers, end_process
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.log import counted, log
-from maskdit_jax.distributed import mesh
 from maskdit_jax.training.agreement import (
     agree,
     check_same_folder,
@@ -33,8 +35,6 @@ from maskdit_jax.training.agreement import (
     this_process,
 )
 from maskdit_jax.training.build import Training, build
-from maskdit_jax.distributed.hosts import GPU_REMEDY, everywhere, joined
-from maskdit_jax.distributed.peers import Peers, end_process
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OPTIONAL = {  # and what there is not without each

@@ -14,7 +14,6 @@ from maskdit_jax.config import SAVED_WITH_WEIGHTS, ConfigDict, network_options, 
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, read_json
-from maskdit_jax.model_card import WEIGHTS_IN_WORDS, model_card
 from maskdit_jax.interop.names import (
     Shapes,
     from_torch,
@@ -31,6 +30,7 @@ from maskdit_jax.interop.torch_io import (
     write_file,
 )
 from maskdit_jax.log import counted, log
+from maskdit_jax.model_card import WEIGHTS_IN_WORDS, model_card
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints
 from maskdit_jax.training.state import Params, init_params

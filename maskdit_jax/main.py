@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 
-from maskdit_jax.config import resolve
+from maskdit_jax.config import described, resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.errors import Parser
+from maskdit_jax.distributed.hosts import add_flags, joined
+from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
 from maskdit_jax.log import log_to_stdout
 from maskdit_jax.training.agreement import agree, check_same_folder, data_identity, run_options, this_process
-from maskdit_jax.distributed.hosts import add_flags, joined
 from maskdit_jax.training.loop import open_configured_source, train
 
 
@@ -24,11 +24,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse flags, train, finish."""
     parser = Parser("python -m maskdit_jax.main", description=__doc__)
     parser.add_argument("--config", required=True, help="file such as configs/digits.py")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--workdir", type=Path, help="folder of the run")
+    parser.add_argument("--list_options", action="store_true", help="list the options of --config, and end")
     add_flags(parser)
-    parser.epilog = "--config.section.key=value overrides an option; configs/base.py lists them all."
+    parser.epilog = "--config.section.key=value overrides an option; --list_options lists them all."
     flags, overrides = parser.parse_known_args(arguments)
     log_to_stdout()
+    if flags.list_options:
+        with one_line_errors():
+            print("\n".join(described(load(flags.config, overrides))))
+        return
+    if flags.workdir is None:
+        parser.error("the following arguments are required: --workdir")
     with joined(flags) as peers:
         config = resolve(load(flags.config, overrides), device_count=jax.device_count())
         # Before the folder is touched: a refused run leaves nothing behind.

@@ -6,9 +6,9 @@ float, str, or another record. A configuration is such records by the names of i
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 from maskdit_jax.errors import UserError, shown
 
@@ -97,17 +97,39 @@ def from_section(record: type[T], section: Any) -> T:
     values = {}
     for field in dataclasses.fields(record):  # type: ignore[arg-type]
         kind, value = hints[field.name], section[field.name]
-        values[field.name] = from_section(kind, value) if dataclasses.is_dataclass(kind) else value
+        values[field.name] = from_section(kind, value) if is_record(kind) else value
     return record(**values)
 
 
-def describe_options(record: Any, prefix: str = "") -> list[str]:
-    """A line for every option: name, default and what it is for."""
-    lines: list[str] = []
+def describe_options(record: type, prefix: str = "") -> dict[str, str]:
+    """Full name of every option of a record type → what it is for, and its range."""
+    return {
+        name: field.metadata.get("help", "") + _range_in_words(field.metadata)
+        for name, field, _ in each_option(record, prefix)
+    }
+
+
+def each_option(record: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
+    """Full name, field and type of every option of a record type, and of the records in it."""
+    hints = get_type_hints(record)
     for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if dataclasses.is_dataclass(value):
-            lines += describe_options(value, f"{prefix}{field.name}.")
+        kind = hints[field.name]
+        if is_record(kind):
+            yield from each_option(kind, f"{prefix}{field.name}.")
         else:
-            lines.append(f"{prefix}{field.name}={value!r}  {field.metadata.get('help', '')}")
-    return lines
+            yield prefix + field.name, field, kind
+
+
+def is_record(kind: Any) -> TypeGuard[type]:
+    """Whether an option's type is itself a record of options."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _range_in_words(metadata: Mapping[str, Any]) -> str:
+    allowed = metadata.get(_RANGE, {})
+    bounds = [
+        f"{words} {allowed[name]:,}"
+        for name, words in (("above", "greater than"), ("at_least", "at least"), ("at_most", "at most"))
+        if allowed.get(name) is not None
+    ]
+    return f" ({', '.join(bounds)})" if bounds else ""

@@ -13,15 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maskdit_jax.api import MAX_BATCH_SIZE, MAX_SEED, Model, load
+from maskdit_jax.api import load
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.diffusion.solvers import SamplerOptions, count_denoiser_calls
+from maskdit_jax.distributed.hosts import add_flags, joined, shared_flags
 from maskdit_jax.errors import Parser, UserError, shown
 from maskdit_jax.log import log, log_to_stdout
-from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.models.compute import PRECISIONS
+from maskdit_jax.sampling import MAX_BATCH_SIZE, MAX_SEED, Model
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
 from maskdit_jax.training.checkpoint import WEIGHTS
-from maskdit_jax.distributed.hosts import add_flags, joined, shared_flags
 
 FORMATS = ("png", "npz", "grid")
 MAX_GRID = 400

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from maskdit_jax.diffusion.losses import NoisyBatch
 
 from maskdit_jax.diffusion.edm import precondition
-from maskdit_jax.diffusion.losses import NoisyBatch
 from maskdit_jax.interop.names import from_torch, to_torch
 from maskdit_jax.models.embed import position_table
 from maskdit_jax.models.maskdit import SIZES

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from golden_case import GOLDEN, Case, assert_close_to_rms, channels_last
+from maskdit_jax.diffusion.losses import maskdit_loss
 
 from maskdit_jax import import_torch, load
-from maskdit_jax.diffusion.losses import maskdit_loss
 
 
 def main(name: str) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from tiny import BATCH_SIZE, tiny_config
 
 from maskdit_jax.data.pipeline import to_devices
-from maskdit_jax.training.build import build
 from maskdit_jax.distributed.hosts import add_flags, joined
 from maskdit_jax.distributed.mesh import batch_sharding, to_host
 from maskdit_jax.distributed.peers import Peers
+from maskdit_jax.training.build import build
 
 NUM_STEPS, BAD_STEP = 20, 3
 

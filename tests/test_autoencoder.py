@@ -19,9 +19,9 @@ import maskdit_jax
 from maskdit_jax import Model, UserError, import_torch, load_autoencoder, main, sample
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.data.codec import PIXELS_AT_ONCE, Autoencoder, _apply_in_chunks
 from maskdit_jax.data.images import to_uint8
 from maskdit_jax.data.shards import finish_shards, read_report, write_shard
+from maskdit_jax.data.vae import PIXELS_AT_ONCE, Autoencoder, _apply_in_chunks
 from maskdit_jax.interop.names import to_torch
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.embed import position_table

@@ -18,14 +18,14 @@ from test_hostile import CLEAR, memory_mb
 
 from maskdit_jax.config_file import load
 from maskdit_jax.data import shards as shards_module
+from maskdit_jax.data.codec import draw_latents
 from maskdit_jax.data.images import save_png, tile, to_uint8
-from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.shards import finish_shards, open_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import Digits, LatentShards, open_source
+from maskdit_jax.distributed.mesh import batch_sharding, make_mesh
 from maskdit_jax.errors import UserError
 from maskdit_jax.training.loop import warn_of_scale
-from maskdit_jax.distributed.mesh import batch_sharding, make_mesh
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,8 +19,8 @@ from readers import LABELS, lmdb_keys, write_lmdb, write_tar
 from readers import items as small_items
 
 from maskdit_jax.data import lmdb_items
+from maskdit_jax.data.codec import draw_latents
 from maskdit_jax.data.published import import_latents
-from maskdit_jax.data.latents import draw_latents
 from maskdit_jax.data.shards import METADATA, open_shards, read_report
 from maskdit_jax.errors import UserError
 

@@ -15,9 +15,9 @@ from tiny import BATCH_SIZE, ROOT, command_environment
 
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.training.build import batch_shapes, build
 from maskdit_jax.distributed.digest import digest
 from maskdit_jax.distributed.mesh import bytes_of, describe_placement, make_mesh, state_shardings
+from maskdit_jax.training.build import batch_shapes, build
 
 
 @functools.cache

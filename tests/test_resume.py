@@ -22,8 +22,8 @@ from tiny import (
 )
 
 from maskdit_jax import main
-from maskdit_jax.training.checkpoint import DamagedError
 from maskdit_jax.distributed.hosts import PREEMPTED
+from maskdit_jax.training.checkpoint import DamagedError
 
 
 def train(workdir: Path, options: dict | None = None) -> None:

@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
 
 from maskdit_jax.diffusion.edm import precondition
-from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
+from maskdit_jax.distributed.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.models.blocks import gelu
 from maskdit_jax.models.masking import random_mask, restore_tokens
-from maskdit_jax.distributed.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
     keep_schedule,

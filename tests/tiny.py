@@ -29,12 +29,12 @@ NETWORK = {
     "decoder_hidden_size": 32,
     "decoder_depth": 1,
     "decoder_num_heads": 2,
-    "unroll": "none",
 }
-TINY = {f"model.{name}": value for name, value in NETWORK.items()} | {
+TINY = {f"method.network.{name}": value for name, value in NETWORK.items()} | {
+    "compute.unroll": "none",
     "training.num_steps": NUM_STEPS,
     "training.batch_size": BATCH_SIZE,
-    "training.ema_decay": EMA_DECAY,
+    "ema.decay": EMA_DECAY,
     "optimizer.learning_rate": PEAK_RATE,
     "optimizer.warmup_kimg": WARMUP_STEPS * BATCH_SIZE / 1000,
     "checkpoint.every_steps": SAVE_EVERY,

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 try:
+    from maskdit_jax.distributed.hosts import add_flags
     from maskdit_jax.doctor import diagnose
     from maskdit_jax.errors import Parser
     from maskdit_jax.log import log_to_stdout
-    from maskdit_jax.distributed.hosts import add_flags
 except ModuleNotFoundError as error:
     sys.exit(f"FAILED  packages: {error.name} is not installed; pip install -e . in the repository")
 

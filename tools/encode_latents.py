@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from maskdit_jax.data.codec import load_autoencoder
 from maskdit_jax.data.encoding import DTYPES, Encoding, encode_images
 from maskdit_jax.data.image_sets import open_image_set
+from maskdit_jax.data.vae import load_autoencoder
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.log import log_to_stdout
-from maskdit_jax.models.maskdit import PRECISIONS
+from maskdit_jax.models.compute import PRECISIONS
 
 
 def main() -> None:

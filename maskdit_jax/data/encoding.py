@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from maskdit_jax.data.codec import Autoencoder
 from maskdit_jax.data.image_sets import ImageSet
 from maskdit_jax.data.images import centre_square, to_float
 from maskdit_jax.data.shards import DTYPES, METADATA, finish_shards, read_report, shard_names, write_shard
+from maskdit_jax.data.vae import Autoencoder
 from maskdit_jax.errors import UserError, printable
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import counted, duration, log

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from maskdit_jax.data import lmdb_process
-from maskdit_jax.data.lmdb_process import ABOUT, FAILED, RECORD
 from maskdit_jax.data.items import CHANNELS, MAX_ITEM_BYTES, Items, number, side_of
+from maskdit_jax.data.lmdb_process import ABOUT, FAILED, RECORD
 from maskdit_jax.errors import UserError, first_line, printable
 from maskdit_jax.log import counted, log
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskdit_jax.data.latents import LOGVAR_RANGE
+from maskdit_jax.data.codec import LOGVAR_RANGE
 from maskdit_jax.errors import UserError
 from maskdit_jax.files import appears_whole, read_json
 

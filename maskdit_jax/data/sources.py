@@ -1,7 +1,9 @@
 """Random-access sources by name: a source reads a batch of its items at a time."""
 
 import functools
-from typing import NamedTuple, Protocol
+import re
+from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 
@@ -9,18 +11,11 @@ from maskdit_jax.data.image_sets import ImageSet, open_image_set
 from maskdit_jax.data.images import centre_square, random_square, to_float
 from maskdit_jax.data.shards import open_shards
 from maskdit_jax.errors import UserError
+from maskdit_jax.methods.method import Shape
 
 NUM_HELD_OUT_DIGITS = 360
 
 Batch = dict[str, np.ndarray]
-
-
-class Shape(NamedTuple):
-    """What a source says of its items, to be compared with the configuration."""
-
-    image_size: int
-    channels: int
-    num_classes: int
 
 
 class Source(Protocol):
@@ -41,24 +36,42 @@ class Source(Protocol):
 class Digits:
     """scikit-learn's 1,797 handwritten digits: 8×8 pixels, one channel, scaled to [-1, 1].
 
-    One fixed random split holds 360 of them out. `latents` [8, 8, 1]: what the model learns, here pixels.
+    One fixed random split holds 360 of them out. classes: those that are taken, by default all; count:
+    the first so many of them, 0: all. `images` [n, 8, 8, 1] and `labels` [n] are what it holds.
     """
 
     shape = Shape(image_size=8, channels=1, num_classes=10)
     rms: float | None = None
 
-    def __init__(self, split: str = "train"):
+    def __init__(self, split: str = "train", classes: Collection[int] = range(10), count: int = 0):
         images, labels = _load_digits()
         order = np.random.default_rng(0).permutation(len(images))
         held_out, train = np.split(order, [NUM_HELD_OUT_DIGITS])
         chosen = {"train": train, "held_out": held_out}[split]
-        self.latents, self.labels = images[chosen], labels[chosen]
+        chosen = chosen[np.isin(labels[chosen], list(classes))][: count or None]
+        self.images, self.labels = images[chosen], labels[chosen]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, items: np.ndarray, draws: np.ndarray) -> Batch:
-        return {"clean": self.latents[items], "labels": self.labels[items]}
+        return {"clean": self.images[items], "labels": self.labels[items]}
+
+
+def parse_digits(name: str) -> tuple[range, int]:
+    """Classes and number of images of a source such as `digits`, `digits:0-7` or `digits:8-9:60`.
+
+    Raises:
+      UserError: it is none.
+    """
+    match = re.fullmatch(r"digits(?::([0-9])-([0-9])(?::([1-9][0-9]{0,3}))?)?", name, re.ASCII)
+    first, last, count = match.groups() if match else (None, None, None)
+    if not match or (first and last and first > last):
+        raise UserError(
+            f"data.source={name!r}: expected digits, digits:FIRST-LAST or digits:FIRST-LAST:COUNT, such as "
+            "digits:8-9:60, with classes 0 … 9"
+        )
+    return range(int(first or 0), int(last or 9) + 1), int(count or 0)
 
 
 class LatentShards:
@@ -127,44 +140,43 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def open_source(
     name: str,
+    wanted: Shape,
     *,
-    image_size: int,
-    channels: int,
-    num_classes: int,
     space: str,
     seed: int = 0,
     flip: bool = False,
     max_zoom: float = 1.0,
 ) -> Source:
-    """Training split of the source of that name; its shape must be the model's.
+    """Training split of the source of that name; its shape must be the one that is wanted.
 
-    `digits`, `folder:PATH` and `tfds:NAME` give pixels, flipped and zoomed at random if asked to;
-    `latents:FOLDER` gives cached moments. A model with num_classes 0 takes any and ignores labels.
+    `digits` (some of them: `parse_digits`), `folder:PATH` and `tfds:NAME` give pixels, flipped and zoomed at random if asked to;
+    `latents:FOLDER` gives cached moments. Wanted with num_classes 0, it may have any.
 
     Raises:
-      UserError: unknown name, missing or damaged data, or another shape than the model's.
+      UserError: unknown name, missing or damaged data, or another shape than what is wanted.
     """
     kind, _, path = name.partition(":")
     source: Source
     if kind == "digits":
-        source = Digits()
+        classes, count = parse_digits(name)
+        source = Digits("train", classes, count)
     elif kind == "latents":
         source = LatentShards(path)
     elif kind in ("folder", "tfds"):
         images = open_image_set(name)
-        source = Pixels(images, image_size=image_size, seed=seed, flip=flip, max_zoom=max_zoom)
+        source = Pixels(images, image_size=wanted.image_size, seed=seed, flip=flip, max_zoom=max_zoom)
     else:
         raise UserError(
-            f"data.source={name!r} is unknown; known: digits, latents:FOLDER, folder:PATH, tfds:NAME"
+            f"data.source={name!r} is unknown; known: digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH, tfds:NAME"
         )
     gives = "latents" if kind == "latents" else "pixels"
     if gives != space:
         how = "encode them first: tools/encode_latents.py" if gives == "pixels" else "set data.space=latents"
         raise UserError(f"data.source={name!r} gives {gives}, but data.space={space!r}; {how}")
-    wanted = Shape(image_size, channels, num_classes or source.shape.num_classes)
+    wanted = wanted._replace(num_classes=wanted.num_classes or source.shape.num_classes)
     if source.shape != wanted:
         differences = [
-            f"model.{field}={asked} but the data has {found}"
+            f"data.{field}={asked} but the data has {found}"
             for field, asked, found in zip(Shape._fields, wanted, source.shape, strict=True)
             if asked != found
         ]

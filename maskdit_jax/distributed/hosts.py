@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdit_jax.errors import UserError, first_line, one_line_errors
-from maskdit_jax.log import log
 from maskdit_jax.distributed import peers
 from maskdit_jax.distributed.handshake import bind_address, listen
 from maskdit_jax.distributed.peers import PEER_LOST, Peers
+from maskdit_jax.errors import UserError, first_line, one_line_errors
+from maskdit_jax.log import log
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 GPU_REMEDY = "pip install '.[cuda12]' in the repository, and leave JAX_PLATFORMS unset"

@@ -128,16 +128,15 @@ def _fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def mean_over_devices(
-    gradient: Callable[[Any, Any], tuple[Any, Any]], params: Any, batch: Any, mesh: Mesh
-) -> tuple[Any, Any]:
-    """gradient(params, items) → (gradient like params, metrics), averaged over all devices' items.
+    gradient: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """gradient(params, items) → (gradient like params, metrics), as the average over all devices' items.
 
     Each device sees whole parameters, gathered from their shards, and its own items of the batch;
     of the mean it keeps what `state_shardings` gives it (ZeRO, arXiv 1910.02054). The collectives are
     written out because, left to the compiler, bfloat16 products are summed between devices in
     bfloat16 and activations are moved about to suit the cut of the parameters.
     """
-    specs = jax.tree.map(lambda x: _fsdp_spec(x.shape, mesh), params)
 
     def gather(shard, spec):
         if spec == PartitionSpec():
@@ -151,15 +150,20 @@ def mean_over_devices(
         cut = tuple(spec).index("fsdp")
         return jax.lax.psum(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=cut, tiled=True), "data")
 
-    def on_one_device(shards, items):
-        grads, metrics = gradient(jax.tree.map(gather, shards, specs), items)
-        return jax.tree.map(average, grads, specs), jax.lax.pmean(metrics, AXES)
+    def mean_gradient(params, items):
+        specs = jax.tree.map(lambda x: _fsdp_spec(x.shape, mesh), params)
 
-    # check_vma=False: with it, differentiation would insert reductions of its own, in bfloat16.
-    return jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(specs, PartitionSpec(AXES)),
-        out_specs=(specs, PartitionSpec()),
-        check_vma=False,
-    )(params, batch)
+        def on_one_device(shards, items):
+            grads, metrics = gradient(jax.tree.map(gather, shards, specs), items)
+            return jax.tree.map(average, grads, specs), jax.lax.pmean(metrics, AXES)
+
+        # check_vma=False: with it, differentiation would insert reductions of its own, in bfloat16.
+        return jax.shard_map(
+            on_one_device,
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec(AXES)),
+            out_specs=(specs, PartitionSpec()),
+            check_vma=False,
+        )(params, items)
+
+    return mean_gradient

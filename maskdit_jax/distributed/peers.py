@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from maskdit_jax.errors import first_line, printable
 from maskdit_jax.distributed.handshake import Connected, meet
+from maskdit_jax.errors import first_line, printable
 
 PEER_LOST = 76  # exit code of a process that ends because another one did
 _TICK_S = 1.0

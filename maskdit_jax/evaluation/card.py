@@ -8,16 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskdit_jax.api import Model, load
+from maskdit_jax.api import load
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.images import save_png
-from maskdit_jax.data.sources import Digits
+from maskdit_jax.data.sources import Digits, parse_digits
+from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance, nearest_distance
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
+from maskdit_jax.sampling import Model
 from maskdit_jax.training.checkpoint import FOLDER, open_run
-from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.training.report import sample_grid
 
 CARD, GRID = "card.json", "samples.png"
@@ -74,40 +75,57 @@ def _read_card(file: Path) -> dict[str, Any]:
 
 
 def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
-    """Measure samples of seeds 0 … num_samples - 1, with the labels of the training split in turn.
+    """Measure samples of seeds 0 … num_samples - 1, with the labels of the run's training images in turn.
 
     class_share: share of samples that a support vector machine, trained on the real training split,
-    assigns to the class asked for. frechet_distance: in pixel space, to the held-out digits; that
-    of the real training split beside it says what a perfect model could reach.
+    assigns to the class asked for. frechet_distance: in pixel space, to the held-out digits of the run's
+    classes; that of the real training split beside it says what a perfect model could reach.
+    nearest_training_image: mean distance to the nearest of the images that the run was trained on, with
+    that of the held-out digits: samples much nearer than those are copies.
     """
     from sklearn.svm import SVC  # scikit-learn is slow to import
 
-    train, held_out = Digits("train"), Digits("held_out")
-    classifier = SVC().fit(_features(train.latents), train.labels)
-    reference = feature_statistics(_features(held_out.latents))
+    classes, count = parse_digits(model.config.data.source)
+    every, seen = Digits("train"), Digits("train", classes, count)
+    real, held_out = Digits("train", classes), Digits("held_out", classes)
+    classifier = SVC().fit(_features(every.images), every.labels)
+    reference = feature_statistics(_features(held_out.images))
 
-    def distance(images):
-        return frechet_distance(*feature_statistics(_features(images)), *reference)
+    def measure(images: np.ndarray) -> dict[str, float]:
+        features = _features(images)
+        return {
+            "frechet_distance": frechet_distance(*feature_statistics(features), *reference),
+            "nearest_training_image": nearest_distance(features, _features(seen.images)),
+        }
 
-    seeds, labels = np.arange(num_samples), np.resize(train.labels, num_samples)
-    guided_scale = model.config.sampling.cfg_scale
-    results = {}
-    for name, scale in (("guided", guided_scale), ("unguided", 1.0)):
+    seeds, labels = np.arange(num_samples), np.resize(seen.labels, num_samples)
+    guided_scale, results = model.sampler_options().cfg_scale, {}
+    for name, scale in {"guided": guided_scale, "unguided": 1.0}.items():
+        if name == "guided" and scale == 1:
+            continue
         started = time.monotonic()
-        images = model.sample(seeds, labels, cfg_scale=scale, batch_size=-(-512 // model.mesh.size))
+        images = model.sample(
+            seeds,
+            labels if model.shape.num_classes else None,
+            cfg_scale=scale,
+            batch_size=-(-512 // model.mesh.size),
+        )
         results[name] = {
             "cfg_scale": scale,
             "class_share": float((classifier.predict(_features(images)) == labels).mean()),
-            "frechet_distance": distance(images),
+            **measure(images),
             "sampling_s": time.monotonic() - started,
         }
+    of_held_out = measure(held_out.images)
     return {
         "num_samples": num_samples,
         "seeds": [0, num_samples - 1],
+        "source": model.config.data.source,
         "sampler": model.config.sampling.to_dict(),
         **results,
-        "classifier_accuracy_on_held_out": classifier.score(_features(held_out.latents), held_out.labels),
-        "real_train_frechet_distance": distance(train.latents),
+        "classifier_accuracy_on_held_out": classifier.score(_features(held_out.images), held_out.labels),
+        "real_train_frechet_distance": measure(real.images)["frechet_distance"],
+        "held_out_nearest_training_image": of_held_out["nearest_training_image"],
     }
 
 
@@ -124,12 +142,15 @@ def describe_card(card: dict[str, Any]) -> str:
         f"{card['sampler']['solver']} steps)",
         f"  classifier on held-out real digits  {card['classifier_accuracy_on_held_out']:.3f}",
         f"  Fréchet distance of real training digits to held-out ones  {real:.3f}",
+        "  nearest training image of held-out digits, mean distance  "
+        f"{card['held_out_nearest_training_image']:.3f}",
     ]
-    for name in ("guided", "unguided"):
+    for name in (name for name in ("guided", "unguided") if name in card):
         r = card[name]
         lines.append(
             f"  {name:<8} (cfg_scale {r['cfg_scale']:g})  class share {r['class_share']:.3f}  Fréchet "
-            f"distance {r['frechet_distance']:.3f} = {r['frechet_distance'] / real:.2f} × real"
+            f"distance {r['frechet_distance']:.3f} = {r['frechet_distance'] / real:.2f} × real  nearest "
+            f"training image {r['nearest_training_image']:.3f}"
         )
     lines.append(f"  training {card['training_s']:.0f} s, {card['training_images_per_s']:,.0f} images/s")
     return "\n".join(lines)

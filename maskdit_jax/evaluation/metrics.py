@@ -21,3 +21,10 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     product = np.linalg.eigvalsh(root @ cov2 @ root)
     trace_of_root = np.sqrt(np.clip(product, 0, None)).sum()
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+
+
+def nearest_distance(features: np.ndarray, others: np.ndarray) -> float:
+    """Mean over features [n, D] of the Euclidean distance to the nearest of the others [m, D]."""
+    a, b = np.asarray(features, np.float64), np.asarray(others, np.float64)
+    squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
+    return float(np.sqrt(np.clip(squared.min(axis=1), 0, None)).mean())

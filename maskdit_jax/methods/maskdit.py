@@ -27,7 +27,9 @@ MASK_SCHEDULES = ("constant", "linear", "exp", *(f"cosine{n}" for n in range(2, 
 class MaskDiTNetwork:
     """What decides the parameters of a MaskDiT."""
 
-    size: str = option("XL/2", "S, B, L, XL or H / patch size, for the four numbers below that are 0; or custom")
+    size: str = option(
+        "XL/2", "S, B, L, XL or H / patch size, for the four numbers below that are 0; or custom"
+    )
     hidden_size: int = option(0, "width of the encoder; 0: from `size`", at_least=1, at_most=2**16)
     depth: int = option(0, "blocks of the encoder; 0: from `size`", at_least=1, at_most=1_000)
     num_heads: int = option(0, "attention heads of the encoder; 0: from `size`", at_least=1)
@@ -70,7 +72,9 @@ class MaskDiT(Method):
     mask_ratio_min: float = option(
         0.0, "the other end of a schedule that is not constant", at_least=0, at_most=1
     )
-    mask_schedule: str = option("constant", "constant, linear, exp or cosine2 … cosine6", choices=MASK_SCHEDULES)
+    mask_schedule: str = option(
+        "constant", "constant, linear, exp or cosine2 … cosine6", choices=MASK_SCHEDULES
+    )
     mask_schedule_steps: int = option(
         0, "updates from one end of the schedule to the other; 0: the run's", at_least=0
     )
@@ -152,6 +156,9 @@ class MaskDiT(Method):
 
     def denoiser(self, network: Network) -> Denoiser:
         return precondition(network, self.sigma_data)
+
+    def data_std(self) -> float:
+        return self.sigma_data
 
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

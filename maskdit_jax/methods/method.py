@@ -74,6 +74,10 @@ class Method:
         """D(x, sigma, labels) for x = clean + sigma·noise: what guidance and solvers see of a method."""
         raise NotImplementedError
 
+    def data_std(self) -> float | None:
+        """Standard deviation of the data that the parametrisation assumes, where it does."""
+        return None
+
     def noise_levels(self) -> np.ndarray | None:
         """Noise level of each timestep [T], rising, float64, where the method is trained on timesteps."""
         return None
@@ -119,9 +123,7 @@ def check_visible(num_keep: int, num_tokens: int, name: str, ratio: float) -> No
     """
     if num_keep < 1:
         at_most = math.floor(1000 * (1 - 1 / num_tokens)) / 1000
-        raise UserError(
-            f"method.{name}={ratio} hides all {num_tokens} patches; use at most {at_most}"
-        )
+        raise UserError(f"method.{name}={ratio} hides all {num_tokens} patches; use at most {at_most}")
 
 
 def network_graph(method: Method, data: Shape, compute: Compute) -> nnx.GraphDef:

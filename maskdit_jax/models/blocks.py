@@ -90,7 +90,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
-        if self.q_bias is not None:
+        if self.q_bias is not None and self.v_bias is not None:
             bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
             qkv = qkv + bias.astype(qkv.dtype)
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)

@@ -28,6 +28,7 @@ SIZES = {
     "H": (32, 1280, 16),
 }
 
+
 class MaskDiT(nnx.Module):
     """The network F(x, c_noise, labels, mask); every argument is a number, so any size can be built.
 

@@ -1,4 +1,4 @@
-"""How fast a configuration trains, on synthetic latents that stay on the device: no data, no TensorFlow."""
+"""How fast a configuration trains, on synthetic data that stay on the device: no files, no TensorFlow."""
 
 import statistics
 import time
@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from maskdit_jax.config import ConfigDict
-from maskdit_jax.training.build import Training, batch_shapes, build
+from maskdit_jax.config import ConfigDict, method_of
 from maskdit_jax.distributed.mesh import check_fits
+from maskdit_jax.training.build import Training, batch_shapes, build
 
 WARM_UP_STEPS = 3
 
@@ -34,10 +34,10 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     state = training.start(None)
     shapes = batch_shapes(config, training.mesh, batch_size)
     key = jax.random.key(config.seed)
-    latents = jax.random.normal(key, shapes["clean"].shape) * config.diffusion.sigma_data
-    labels = jax.random.randint(key, (batch_size,), 0, max(config.model.num_classes, 1))
+    clean = jax.random.normal(key, shapes["clean"].shape) * (method_of(config).data_std() or 0.5)
+    labels = jax.random.randint(key, (batch_size,), 0, max(config.data.num_classes, 1))
     batch = {
-        "clean": jax.device_put(latents, shapes["clean"].sharding),
+        "clean": jax.device_put(clean, shapes["clean"].sharding),
         "labels": jax.device_put(labels, shapes["labels"].sharding),
     }
 

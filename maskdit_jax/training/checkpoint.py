@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from maskdit_jax.config import ConfigDict, saved_config
+from maskdit_jax.distributed.digest import digest
+from maskdit_jax.distributed.hosts import everywhere, from_first
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import MAX_JSON_BYTES, check_folder
 from maskdit_jax.log import log
-from maskdit_jax.distributed.digest import digest
-from maskdit_jax.distributed.hosts import everywhere, from_first
-from maskdit_jax.training.state import Params, TrainState
+from maskdit_jax.methods.method import Params
+from maskdit_jax.saved_config import saved_config
+from maskdit_jax.training.state import TrainState
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 # The two sets of weights by the names of the flags, and the items that hold them.
 WEIGHTS = {"ema": "ema_params", "params": "params"}
-_ARRAYS = ("params", "ema_params", "opt_state")
 # Orbax and TensorStore raise errors of any kind, bare `Exception` too, for files that are missing, cut
 # short, altered or cannot be written; these do not speak of files.
 _NOT_OF_FILES = (jax.errors.JaxRuntimeError, MemoryError)
@@ -82,8 +82,7 @@ class Checkpoints:
 
         A step that cannot be written, now or in the background, is reported and given up.
         """
-        items = {name: getattr(state, name) for name in _ARRAYS} | {"counters": _counters(state)}
-        self._start(int(state.step), items, meta)
+        self._start(int(state.step), _items(state), meta)
 
     def save_weights(self, step: int, weights: dict[str, Params], meta: dict[str, Any]) -> None:
         """Write a step that holds weights only: `params`, `ema_params` or both.
@@ -165,10 +164,9 @@ class Checkpoints:
         if not isinstance(digests, dict) or _meta_digest(meta) != digests.get("meta"):
             raise self._damaged(step, "meta", "it is not what was written, or written without digests")
         try:
-            _check_meta(meta)
+            return _checked_meta(meta)
         except UserError as error:
             raise self._damaged(step, "meta", str(error)) from error
-        return meta
 
     def restore(self, step: int, meta: dict[str, Any], shapes: TrainState) -> TrainState:
         """The state of a step, placed as the ShapeDtypeStructs of `shapes` say.
@@ -176,8 +174,9 @@ class Checkpoints:
         Raises:
           DamagedError: an item of it cannot be read, or was altered.
         """
-        items = {name: self._restore(step, meta, name, getattr(shapes, name)) for name in _ARRAYS}
-        return TrainState(**items, **self._restore(step, meta, "counters", _counters(shapes)))
+        items = {name: self._restore(step, meta, name, x) for name, x in _items(shapes).items()}
+        ema = {track: items.pop(f"{track}_params") for track in shapes.ema}
+        return TrainState(**items.pop("counters"), **items, ema=ema)
 
     def restore_weights(self, step: int, meta: dict[str, Any], item: str, shapes: Params) -> Params:
         """`params` or `ema_params` alone; one set stands for both.
@@ -254,22 +253,23 @@ def open_run(workdir: str | Path) -> Checkpoints:
     return checkpoints
 
 
-def _check_meta(meta: dict[str, Any]) -> None:
-    """Compare with what `Checkpoints.save` and `save_weights` are given.
+def _checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """What `Checkpoints.save` or `save_weights` was given, its configuration in today's layout.
 
     Raises:
       UserError: something else is there.
     """
-    saved_config(meta.get("config"))
+    meta = meta | {"config": saved_config(meta.get("config")).to_dict()}
     if not meta["digests"].keys() & WEIGHTS.values():
         raise UserError("it has digests of no weights")
     if "imported_from" in meta:
-        return
+        return meta
     items, seconds = meta.get("items_consumed"), meta.get("seconds")
     if type(items) is not int or not 0 <= items < 2**63:
         raise UserError(f"items_consumed={shown(items)}, expected a whole number")
     if type(seconds) is not float or not 0 < seconds < math.inf:
         raise UserError(f"seconds={shown(seconds)}, expected a number above 0")
+    return meta
 
 
 def _check_files(item: Path) -> None:
@@ -284,8 +284,14 @@ def _check_files(item: Path) -> None:
             raise UserError(f"{file.name} has {file.stat().st_size:,} bytes")
 
 
-def _counters(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("nonfinite_in_row", "nonfinite_total", "step")}
+def _items(state: TrainState) -> dict[str, Any]:
+    """What of a state is saved on its own, and can be read on its own."""
+    return {
+        "params": state.params,
+        **{f"{track}_params": params for track, params in state.ema.items()},
+        "opt_state": state.opt_state,
+        "counters": {name: getattr(state, name) for name in ("nonfinite_in_row", "nonfinite_total", "step")},
+    }
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:
@@ -296,21 +302,3 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 def _first_line(error: BaseException) -> str:
     """Of the error that caused it, where there is one: Orbax's own then says no more than where."""
     return first_line(error.__cause__ or error)
-
-
-def check_same_model(saved: ConfigDict, config: ConfigDict, where: str) -> None:
-    """Compare two resolved configurations in what decides the shapes of the parameters.
-
-    Raises:
-      UserError: they differ; the message names each difference.
-    """
-    free = ("size", "precision", "remat", "unroll")
-
-    def parts(c):
-        decisive = {k: v for k, v in c.model.items() if k not in free}
-        return decisive | {"mask token (mae_coef > 0)": c.diffusion.mae_coef > 0}
-
-    old, new = parts(saved), parts(config)
-    differences = [f"{k}={new[k]} here, {old[k]} there" for k in new if old.get(k) != new[k]]
-    if differences:
-        raise UserError(f"the model differs from the one in {where}: {'; '.join(differences)}")

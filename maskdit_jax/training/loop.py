@@ -5,24 +5,33 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from maskdit_jax.api import Model
-from maskdit_jax.config import ConfigDict
-from maskdit_jax.data.codec import load_autoencoder
+from maskdit_jax.config import ConfigDict, method_of, shape_of
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import Batch, Source, open_source
-from maskdit_jax.errors import UserError
-from maskdit_jax.log import counted, log
-from maskdit_jax.training.build import Training, build
-from maskdit_jax.training.checkpoint import Checkpoints, check_same_model, open_run
+from maskdit_jax.data.vae import open_codec
 from maskdit_jax.distributed.hosts import PREEMPTED, Preemption
 from maskdit_jax.distributed.mesh import batch_sharding, check_fits, describe_placement, whole_sharding
 from maskdit_jax.distributed.peers import Peers
+from maskdit_jax.errors import UserError
+from maskdit_jax.log import counted, log
+from maskdit_jax.methods.method import Shape
+from maskdit_jax.sampling import Model
+from maskdit_jax.training.build import Training, build
+from maskdit_jax.training.checkpoint import Checkpoints
+from maskdit_jax.training.init_from import check_same_network, start_from
 from maskdit_jax.training.report import Reporter, sample_grid
-from maskdit_jax.training.state import TrainState
+from maskdit_jax.training.state import EMA, TrainState
+
+
+class Position(NamedTuple):
+    """How far a run has come: items consumed, and seconds trained by earlier commands."""
+
+    items: int = 0
+    seconds: float = 0.0
 
 
 def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> None:
@@ -35,39 +44,28 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
         were not finite, or the last step could not be saved.
       SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
     """
-    steps = config.training.num_steps
-    training = build(config)
+    training, steps = build(config), config.training.num_steps
     check_fits(training.state_shapes)
     # Opened now, so that a wrong folder stops the run before it begins.
-    autoencoder = load_autoencoder(config.vae, config.model.precision) if config.vae else None
+    data = config.data
+    codec = open_codec(data.space, data.latent_scale, data.channels, config.vae, config.compute.precision)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every_steps)
-    state, items, seconds = _begin(config, training, checkpoints)
-    step = saved_step = first_step = int(state.step)
+    state, begun = _begin(config, training, checkpoints)
+    step = saved_step = int(state.step)
     if step >= steps:
         log.info(f"already finished: step {step:,} of {steps:,}")
         return checkpoints.close()
 
     log.info(_describe(config, training, len(source)))
-    reporter = Reporter(
-        workdir,
-        first_step=first_step,
-        num_steps=steps,
-        batch_size=config.training.batch_size,
-        every_steps=config.report.every_steps,
-        tensorboard=config.report.tensorboard and jax.process_index() == 0,
-    )
-    device_batches = to_devices(host_batches(source, config, items), batch_sharding(training.mesh))
-    started = time.monotonic()
+    reporter = _reporter(config, workdir, step)
+    device_batches = to_devices(host_batches(source, config, begun.items), batch_sharding(training.mesh))
+    items, started = begun.items, time.monotonic()
 
     def save():
         nonlocal saved_step
         saved_step = step
-        meta = {
-            "config": config.to_dict(),
-            "items_consumed": items,
-            "seconds": seconds + time.monotonic() - started,
-        }
-        checkpoints.save(state, meta)
+        seconds = begun.seconds + time.monotonic() - started
+        checkpoints.save(state, {"config": config.to_dict(), "items_consumed": items, "seconds": seconds})
 
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.close)
@@ -92,9 +90,8 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
             with reporter.off_the_clock():
                 # Before the checkpoint: a run killed between the two then makes both again.
                 if preview_due:
-                    ema_params = jax.device_put(state.ema_params, whole_sharding(training.mesh))
-                    model = Model(config, ema_params, training.mesh, autoencoder=autoencoder)
-                    reporter.grid(step, sample_grid(model))
+                    ema_params = jax.device_put(state.ema[EMA], whole_sharding(training.mesh))
+                    reporter.grid(step, sample_grid(Model(config, ema_params, training.mesh, codec)))
                 # The update before skipped ones may have ruined the weights: older checkpoints stay.
                 if step == steps or (checkpoint_due and not int(state.nonfinite_in_row)):
                     save()
@@ -105,8 +102,19 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
             )
 
 
-def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
-    """State, items consumed and seconds trained: of the newest checkpoint, of another run, or fresh."""
+def _reporter(config: ConfigDict, workdir: Path, first_step: int) -> Reporter:
+    return Reporter(
+        workdir,
+        first_step=first_step,
+        num_steps=config.training.num_steps,
+        batch_size=config.training.batch_size,
+        every_steps=config.report.every_steps,
+        tensorboard=config.report.tensorboard and jax.process_index() == 0,
+    )
+
+
+def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+    """The state to go on from: of the newest checkpoint, of another run's weights, or fresh."""
 
     def restore(step: int, meta: dict[str, Any]) -> TrainState:
         if "imported_from" in meta:
@@ -114,32 +122,21 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
                 f"{checkpoints.folder.parent} holds imported weights, not a run to continue: train in a new "
                 f"folder with --config.init_from={checkpoints.folder.parent}"
             )
-        check_same_model(ConfigDict(meta["config"]), config, str(checkpoints.folder))
+        saved = ConfigDict(meta["config"])
+        check_same_network(saved, config, str(checkpoints.folder), *Shape._fields)
         return checkpoints.restore(step, meta, training.state_shapes)
 
-    if checkpoints.steps:
-        step, meta, state = checkpoints.newest_healthy(restore)
-        checkpoints.set_aside_after(step)
-        log.info(
-            f"resumed at step {step:,} from {checkpoints.folder}; the data go on at item "
-            f"{meta['items_consumed']:,} of the run's order, for "
-            f"{counted(jax.process_count(), 'process', 'processes')}"
-        )
-        return state, meta["items_consumed"], meta["seconds"]
-    if config.init_from:
-        other, shapes = open_run(config.init_from), training.state_shapes
-
-        def restore_weights(step: int, meta: dict[str, Any]) -> TrainState:
-            check_same_model(ConfigDict(meta["config"]), config, config.init_from)
-            params = other.restore_weights(step, meta, "params", shapes.params)
-            ema_params = other.restore_weights(step, meta, "ema_params", shapes.ema_params)
-            return training.start(params)._replace(ema_params=ema_params)
-
-        step, _, state = other.newest_healthy(restore_weights)
-        other.close()
-        log.info(f"weights and EMA from step {step:,} of {config.init_from}; the optimizer starts fresh")
-        return state, 0, 0.0
-    return training.start(None), 0, 0.0
+    if not checkpoints.steps:
+        fresh = start_from(config, training) if config.init_from else training.start(None)
+        return fresh, Position()
+    step, meta, state = checkpoints.newest_healthy(restore)
+    checkpoints.set_aside_after(step)
+    log.info(
+        f"resumed at step {step:,} from {checkpoints.folder}; the data go on at item "
+        f"{meta['items_consumed']:,} of the run's order, for "
+        f"{counted(jax.process_count(), 'process', 'processes')}"
+    )
+    return state, Position(meta["items_consumed"], meta["seconds"])
 
 
 def _stop(checkpoints: Checkpoints, step: int, saved_step: int) -> NoReturn:
@@ -153,9 +150,7 @@ def open_configured_source(config: ConfigDict) -> Source:
     """The source that a resolved configuration names, compared with its model."""
     source = open_source(
         config.data.source,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-        num_classes=config.model.num_classes,
+        shape_of(config),
         space=config.data.space,
         seed=config.seed,
         flip=config.data.flip,
@@ -179,24 +174,22 @@ def host_batches(source: Source, config: ConfigDict, start_item: int) -> Iterato
 
 
 def warn_of_scale(source: Source, config: ConfigDict) -> None:
-    """Say so when the latents are far from the standard deviation that the preconditioning assumes."""
-    sigma_data = config.diffusion.sigma_data
-    if source.rms is not None and not 0.5 <= source.rms * config.data.latent_scale / sigma_data <= 2:
+    """Say so when the latents are far from the standard deviation that the method assumes."""
+    assumed, scale = method_of(config).data_std(), config.data.latent_scale
+    if source.rms is not None and assumed is not None and not 0.5 <= source.rms * scale / assumed <= 2:
         log.warning(
-            f"warning: the latents of {config.data.source} have an rms of "
-            f"{source.rms * config.data.latent_scale:.3g}, but diffusion.sigma_data={sigma_data:g}: is "
-            f"data.latent_scale={config.data.latent_scale:g} right?"
+            f"warning: the latents of {config.data.source} have an rms of {source.rms * scale:.3g}, but "
+            f"method.sigma_data={assumed:g}: is data.latent_scale={scale:g} right?"
         )
 
 
 def _describe(config: ConfigDict, training: Training, num_items: int) -> str:
     count = sum(x.size for x in jax.tree.leaves(training.state_shapes.params))
-    tokens = (config.model.image_size // config.model.patch_size) ** 2
     levels = ", ".join(str(k) for k in training.keep_levels)
     return (
         f"{count:,} parameters · {num_items:,} items of {config.data.source} · batch "
         f"{config.training.batch_size} on {counted(training.mesh.size, f'{jax.default_backend()} device')}, "
-        f"data {config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {tokens}: "
+        f"data {config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {training.num_tokens}: "
         f"{counted(len(training.keep_levels), 'compiled program')}\n"
         + describe_placement(training.state_shapes, training.mesh)
     )
@@ -211,5 +204,5 @@ def _stop_if_diverged(arrived: list[dict[str, float]], limit: int, checkpoints: 
             f"(training.max_nonfinite_steps={limit}); "
             + ("there is no checkpoint yet" if newest is None else f"checkpoint {newest} is intact")
             + "; run again with a lower optimizer.learning_rate, with optimizer.clip_norm=1 or with "
-            "model.precision=float32"
+            "compute.precision=float32"
         )

@@ -1,15 +1,11 @@
-"""The optimizer, and what changes during training: learning rate and share of hidden patches."""
+"""The optimizer, and what changes during training: learning rate and number of visible tokens."""
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
 
-from maskdit_jax.models.masking import count_kept
-
 MAX_PROGRAMS = 16
-MASK_SCHEDULES = ("constant", "linear", "exp", *(f"cosine{n}" for n in range(2, 7)))
 
 
 def make_optimizer(
@@ -33,37 +29,12 @@ def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> 
     return lambda count: peak * jnp.minimum((count + 1) / warmup_steps, 1.0)
 
 
-def mask_ratio_at(progress: float, schedule: str, ratio: float, ratio_min: float) -> float:
-    """Mask ratio at progress 0 … 1 (METHOD of MaskDiT's tuning stage, sec. 4).
+def rounded_schedule(exact: Callable[[int], int], num_steps: int) -> tuple[Callable[[int], int], list[int]]:
+    """A schedule of whole numbers, exact(step), in at most 16 values, and these values.
 
-    `constant` ignores `ratio_min`; `linear` rises from it to `ratio`; the others fall from `ratio`:
-    cosineN = (ratio - ratio_min)·cosᴺ(π·progress / 2) + ratio_min, exp = (…)·exp(-7·progress) + ratio_min.
-    """
-    if schedule == "constant":
-        return ratio
-    if schedule == "linear":
-        shape = progress
-    elif schedule == "exp":
-        shape = math.exp(-7 * progress)
-    else:
-        shape = math.cos(math.pi * progress / 2) ** int(schedule.removeprefix("cosine"))
-    return (ratio - ratio_min) * shape + ratio_min
-
-
-def keep_schedule(
-    num_tokens: int, num_steps: int, schedule: str, ratio: float, ratio_min: float, horizon: int = 0
-) -> tuple[Callable[[int], int], list[int]]:
-    """Number of visible tokens at a step of `num_steps`, and the values it can take.
-
-    The schedule runs its course over `horizon` steps, 0: over the run; a shorter run ends within it. Each
-    value is a compiled program, so of a schedule with more than 16 of them 16 are used, evenly spread
+    Each value is a compiled program; of a schedule with more than 16 of them 16 are used, evenly spread
     between those of the run's first and last step.
     """
-
-    def exact(step: int) -> int:
-        progress = min(step / max((horizon or num_steps) - 1, 1), 1.0)
-        return count_kept(num_tokens, mask_ratio_at(progress, schedule, ratio, ratio_min))
-
     low, high = sorted((exact(0), exact(num_steps - 1)))
     count = min(MAX_PROGRAMS, high - low + 1)
     levels = [round(low + (high - low) * i / max(count - 1, 1)) for i in range(count)]

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maskdit_jax.api import Model
 from maskdit_jax.data.images import save_png, tile, to_uint8
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.files import check_folder
 from maskdit_jax.log import duration, log
+from maskdit_jax.sampling import Model
 from maskdit_jax.training.step import Metrics
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
@@ -71,9 +71,8 @@ class Reporter:
 
     def _report(self, now: float) -> None:
         interval, self._interval = self._interval, []
-        names = ("loss", "denoise_loss", "mae_loss", "grad_norm")
         means = {}
-        for name in names:
+        for name in _in_order(interval[-1]):
             # Skipped steps are counted, not averaged.
             values = [m[name] for m in interval if name in m and np.isfinite(m[name])]
             if values:
@@ -85,7 +84,7 @@ class Reporter:
         skipped = int(interval[-1]["nonfinite_total"])
 
         parts = [f"step {self._step:,}/{self._num_steps:,}"]
-        parts += [f"{name} {means[name]:.4f}" for name in names if name in means]
+        parts += [f"{name} {mean:.4f}" for name, mean in means.items()]
         parts += [f"{speed:,.0f} images/s"] if speed else []
         parts += [f"{duration(self._time_left(now))} left"] if speed else []
         parts += [f"{skipped} non-finite steps skipped"] if skipped else []
@@ -136,9 +135,15 @@ class Reporter:
                 self._writer.close()
 
 
+def _in_order(metrics: dict[str, float]) -> list[str]:
+    """Names of the metrics that are averaged: the loss, what the method returns beside it, the rest."""
+    terms = (n for n in metrics if n not in ("loss", "grad_norm") and not n.startswith("nonfinite_"))
+    return ["loss", *terms, "grad_norm"]
+
+
 def sample_grid(model: Model) -> np.ndarray:
     """Grid [H, W, 1 or 3] uint8 of samples, a row for each class; of latents three channels."""
-    report, num_classes = model.config.report, model.config.model.num_classes
+    report, num_classes = model.config.report, model.shape.num_classes
     columns = report.preview_columns
     rows = min(report.preview_rows, num_classes or report.preview_rows)
     labels = np.repeat(np.arange(rows), columns) if num_classes else None

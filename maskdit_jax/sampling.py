@@ -1,0 +1,158 @@
+"""From a method and its parameters to denoised images and samples, on a mesh."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+
+from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
+from maskdit_jax.data.codec import Codec
+from maskdit_jax.diffusion.guidance import guide
+from maskdit_jax.diffusion.solvers import SamplerOptions, generate
+from maskdit_jax.distributed.mesh import batch_sharding, repeat_to, to_host, to_mesh
+from maskdit_jax.errors import UserError, known
+from maskdit_jax.methods.method import Params, network_graph
+
+MAX_SEED = 2**32 - 1
+MAX_BATCH_SIZE = 2**16
+
+
+class Origin(NamedTuple):
+    """Where a model's weights come from: run folder, training step, and "ema" or "params"."""
+
+    workdir: Path
+    step: int
+    weights: str
+
+
+class Model:
+    """A denoiser: its resolved `config`, its `params`, and the `mesh` over which samples are spread.
+
+    `codec` turns its latents into images, if it has an autoencoder; `origin` says which weights it has.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: Params,
+        mesh: Mesh,
+        codec: Codec,
+        origin: Origin | None = None,
+    ):
+        self.config, self.params, self.mesh = config, params, mesh
+        self.codec, self.origin = codec, origin
+        self.method, self.shape = method_of(config), shape_of(config)
+        self.image_shape = (self.shape.image_size, self.shape.image_size, self.shape.channels)
+        self._graphdef = network_graph(self.method, self.shape, compute_of(config))
+
+    def __call__(
+        self, x: jax.Array, sigma: jax.Array, labels: jax.Array, cfg_scale: float = 1.0
+    ) -> jax.Array:
+        """Denoised [B, H, W, C] for x [B, H, W, C], sigma [B], labels [B] int, -1 = no class."""
+        return _denoise(self.params, x, sigma, labels, self._graphdef, self.method, cfg_scale)
+
+    def sample(
+        self,
+        seeds: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        noise: np.ndarray | None = None,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> np.ndarray:
+        """Samples [n, H, W, C] float32, one for each seed: latents, or with an autoencoder images in [-1, 1].
+
+        An image is a function of the weights, its seed, its label and the options only.
+
+        Args:
+          seeds: integers 0 … 2³² - 1.
+          labels: classes, -1 = no class; by default seed modulo the number of classes.
+          noise: unit normal noise [n, H, W, C] to start from, instead of the draws from the seeds.
+          batch_size: images of one call of the network on each device. The last call is filled up, so that
+            there is one program, and an image the same to the last bit on any number of devices.
+          **options: fields of `SamplerOptions` (cfg_scale, num_steps, guidance_interval, solver, …);
+            the others come from the run's configuration.
+
+        Raises:
+          UserError: an option, seed or label that does not exist, or noise of another shape.
+        """
+        sampler, seed_array = self.sampler_options(**options), _check_seeds(seeds)
+        label_array, count = self.check_labels(seed_array, labels), len(seed_array)
+        if noise is not None and np.shape(noise) != (count, *self.image_shape):
+            raise UserError(f"noise has shape {np.shape(noise)}, expected {(count, *self.image_shape)}")
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
+        batch_size *= self.mesh.size
+        images = []
+        for start in range(0, count, batch_size):
+            part = slice(start, start + batch_size)
+            drawn = [x[part] for x in (seed_array, label_array, noise) if x is not None]
+            filled = [np.asarray(repeat_to(x, batch_size)) for x in drawn]
+            batch = _sample(
+                self.params,
+                *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
+                graphdef=self._graphdef,
+                method=self.method,
+                image_shape=self.image_shape,
+                options=sampler,
+            )
+            images.append(to_host(self.codec.images(batch))[: len(seed_array[part])])
+        return np.concatenate(images)
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether samples are images; otherwise they are latents."""
+        return self.codec.makes_pixels
+
+    def sampler_options(self, **options: Any) -> SamplerOptions:
+        """The run's sampler options, with those given here in their place, checked."""
+        names = [field.name for field in dataclasses.fields(SamplerOptions)]
+        for name in options:
+            if name not in names:
+                raise UserError(f"sampling option {name!r} is unknown; known: {known(name, names)}")
+        chosen = SamplerOptions(**self.config.sampling.to_dict() | options)
+        chosen.check(levels=self.method.noise_levels())
+        if chosen.cfg_scale != 1 and not self.shape.num_classes:
+            chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
+        return chosen
+
+    def check_labels(self, seeds: ArrayLike, labels: ArrayLike | None) -> np.ndarray:
+        """Labels [n] int32, one for each seed: those given, checked, or the default of `sample`."""
+        num_classes, wide_seeds = self.shape.num_classes, np.asarray(seeds, np.int64).reshape(-1)
+        if labels is None:
+            wide = wide_seeds % num_classes if num_classes else np.full_like(wide_seeds, -1)
+        else:
+            wide = np.asarray(labels, np.int64).reshape(-1)
+        if len(wide) != len(wide_seeds):
+            raise UserError(f"{len(wide)} labels for {len(wide_seeds)} seeds: give one label for each seed")
+        if wide.min() < -1 or wide.max() >= num_classes:
+            raise UserError(
+                f"labels {wide.min()} … {wide.max()}: the model knows 0 … {num_classes - 1} and -1, no class"
+            )
+        return wide.astype(np.int32)
+
+
+def _check_seeds(seeds: ArrayLike) -> np.ndarray:
+    wide = np.asarray(seeds, np.int64).reshape(-1)
+    if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
+        raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")
+    return wide.astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "method", "cfg_scale"))
+def _denoise(params, x, sigma, labels, graphdef, method, cfg_scale):
+    denoise = method.denoiser(nnx.merge(graphdef, params))
+    return guide(denoise, cfg_scale)(x, jnp.asarray(sigma, jnp.float32), labels)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "method", "image_shape", "options"))
+def _sample(params, seeds, labels, noise=None, *, graphdef, method, image_shape, options):
+    denoise = method.denoiser(nnx.merge(graphdef, params))
+    return generate(denoise, seeds, labels, image_shape, options, noise, method.noise_levels())
