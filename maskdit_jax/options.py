@@ -65,7 +65,7 @@ def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
     if at_most is None and isinstance(value, Integral):
         at_most = MAX_INTEGER
     at_least, above = allowed.get("at_least"), allowed.get("above")
-    both = at_most is not None and at_least is not None and isinstance(value, float)
+    both = at_least is not None and at_most is not None and isinstance(value, float)
     if both and not at_least <= value <= at_most:
         raise UserError(f"{name}={shown(value)} must be between {at_least:g} and {at_most:g}")
     if at_most is not None and value > at_most:

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from maskdit_jax.diffusion.losses import NoisyBatch
 
-from maskdit_jax.diffusion.edm import precondition
-from maskdit_jax.interop.names import from_torch, to_torch
-from maskdit_jax.models.embed import position_table
-from maskdit_jax.models.maskdit import SIZES
+from maskdit_jax.interop.maskdit import fixed_tensors, from_torch, to_torch
+from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTDraws, MaskDiTNetwork
+from maskdit_jax.methods.method import Shape, init_params, network_graph
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.masking import random_mask
-from maskdit_jax.training.state import init_params, network_graph
 
+COMPUTE = Compute(precision="float32")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -37,27 +36,20 @@ def seeded_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Case:
-    """A network case: its arrays channels last, its options, its weights."""
+    """A network case: its arrays channels last, its method, its weights."""
 
     def __init__(self, name: str):
         self.arrays = dict(np.load(GOLDEN / f"{name}.npz"))
         self.info = json.loads(str(self.arrays.pop("config_json")))
-        size, patch = self.info["model_type"].removeprefix("DiT-").split("/")
-        depth, hidden_size, num_heads = SIZES[size]
-        settings = self.info["options"]
-        self.mae_coef = self.info["mae_loss_coef"]
-        self.options = {
-            "image_size": self.info["img_resolution"],
-            "channels": 4,
-            "patch_size": int(patch),
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "num_classes": self.info["num_classes"],
-            "use_decoder": settings["use_decoder"],
-            "use_mask_token": self.mae_coef > 0,
-        }
-        self.graphdef = network_graph(self.options)
+        mae_coef = self.info["mae_loss_coef"]
+        self.network = MaskDiTNetwork(
+            size=self.info["model_type"].removeprefix("DiT-"),
+            use_decoder=self.info["options"]["use_decoder"],
+            mask_token=mae_coef > 0,
+        )
+        self.data = Shape(self.info["img_resolution"], 4, self.info["num_classes"])
+        self.method = MaskDiT(network=self.network, mae_coef=mae_coef)
+        self.graphdef = network_graph(self.method, self.data, COMPUTE)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.arrays[name]
@@ -66,29 +58,30 @@ class Case:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The golden weights under their torch keys, the fixed position tables included."""
-        sizes = {name: self.options[name] for name in ("image_size", "patch_size")}
-        shapes = jax.eval_shape(lambda: to_torch(init_params(self.options, 0), **sizes))
-        weights = {k: s.shape for k, s in shapes.items() if not k.endswith("pos_embed")}
+        shapes = jax.eval_shape(lambda: self.to_torch(init_params(self.method, self.data, COMPUTE, 0)))
+        fixed = fixed_tensors(self.network, self.data)
+        weights = {k: s.shape for k, s in shapes.items() if k not in fixed}
         with ThreadPoolExecutor() as pool:
             tensors = dict(zip(weights, pool.map(seeded_tensor, weights, weights.values()), strict=True))
             sums = list(pool.map(lambda x: x.sum(dtype=np.float64), tensors.values()))
             abs_sums = list(pool.map(lambda x: np.abs(x).sum(dtype=np.float64), tensors.values()))
         np.testing.assert_allclose(sum(sums), self.info["weights"]["sum"], rtol=1e-9)
         np.testing.assert_allclose(sum(abs_sums), self.info["weights"]["abs_sum"], rtol=1e-9)
-        grid = self.options["image_size"] // self.options["patch_size"]
-        tables = {k: s.shape[-1] for k, s in shapes.items() if k.endswith("pos_embed")}
-        return tensors | {k: position_table(width, grid)[None] for k, width in tables.items()}
+        return tensors | fixed
+
+    def to_torch(self, params: dict) -> dict:
+        return to_torch(params, self.network, self.data)
 
     @cached_property
     def params(self) -> dict:
-        return from_torch(self.tensors(), patch_size=self.options["patch_size"])
+        return from_torch(self.tensors(), self.network)
 
     @cached_property
-    def batch(self) -> NoisyBatch:
+    def draws(self) -> MaskDiTDraws:
         """The case's draws as the input of the loss; half of the tokens hidden."""
         num_tokens = self["mask_noise"].shape[1]
-        return NoisyBatch(
-            latents=jnp.asarray(self["y0"]),
+        return MaskDiTDraws(
+            clean=jnp.asarray(self["y0"]),
             noisy=jnp.asarray(self["y0"] + self["n"]),
             sigma=jnp.asarray(self["sigma"]),
             labels=self.labels("class_index"),
@@ -100,7 +93,11 @@ class Case:
         return jnp.asarray(self.arrays.get(name, unconditional))
 
     def denoiser(self, params: dict):
-        return precondition(nnx.merge(self.graphdef, params), sigma_data=0.5)
+        return self.method.denoiser(nnx.merge(self.graphdef, params))
+
+    def loss(self, params: dict, draws: MaskDiTDraws) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As the method computes it, [B] each."""
+        return self.method.loss(nnx.merge(self.graphdef, params), draws)
 
 
 def assert_close_to_rms(actual, expected, tolerance: float = 2e-5) -> None:

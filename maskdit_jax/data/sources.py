@@ -149,8 +149,9 @@ def open_source(
 ) -> Source:
     """Training split of the source of that name; its shape must be the one that is wanted.
 
-    `digits` (some of them: `parse_digits`), `folder:PATH` and `tfds:NAME` give pixels, flipped and zoomed at random if asked to;
-    `latents:FOLDER` gives cached moments. Wanted with num_classes 0, it may have any.
+    `digits`, or some of them (`parse_digits`), `folder:PATH` and `tfds:NAME` give pixels, the last two
+    flipped and zoomed at random if asked to; `latents:FOLDER` gives cached moments. Wanted with
+    num_classes 0, it may have any.
 
     Raises:
       UserError: unknown name, missing or damaged data, or another shape than what is wanted.
@@ -167,7 +168,8 @@ def open_source(
         source = Pixels(images, image_size=wanted.image_size, seed=seed, flip=flip, max_zoom=max_zoom)
     else:
         raise UserError(
-            f"data.source={name!r} is unknown; known: digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH, tfds:NAME"
+            f"data.source={name!r} is unknown; known: digits, digits:FIRST-LAST:COUNT, latents:FOLDER, "
+            "folder:PATH, tfds:NAME"
         )
     gives = "latents" if kind == "latents" else "pixels"
     if gives != space:

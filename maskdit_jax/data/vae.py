@@ -15,12 +15,7 @@ from maskdit_jax.data.codec import Codec
 from maskdit_jax.distributed.mesh import batch_sharding, make_mesh, repeat_to, to_mesh, whole_sharding
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import read_json
-from maskdit_jax.interop.names import (
-    autoencoder_from_torch,
-    autoencoder_to_torch,
-    read_autoencoder_options,
-    rename_autoencoder,
-)
+from maskdit_jax.interop import autoencoder as names
 from maskdit_jax.interop.torch_io import as_float32, check_shapes, read_file, shapes_of
 from maskdit_jax.log import log
 from maskdit_jax.models.autoencoder import AutoencoderKL
@@ -67,7 +62,7 @@ def load_autoencoder(path: str | Path, precision: str = "float32") -> "Autoencod
 def open_codec(
     space: str, latent_scale: float, channels: int, vae: str | Path | None, precision: str
 ) -> Codec:
-    """The codec of a model that sees `channels` channels, with the autoencoder at `vae`, if that is not empty.
+    """The codec of a model that sees `channels` channels, with the autoencoder at `vae` if it is given.
 
     Raises:
       UserError: there is no such autoencoder, or it is none for this model.
@@ -153,8 +148,8 @@ def _read(path: str | Path) -> AutoencoderFile:
         content = nested
     shapes_of(content, str(weights), weights.stat().st_size)
     try:
-        tensors = rename_autoencoder(as_float32(content, str(weights)))
-        options = read_autoencoder_options({name: x.shape for name, x in tensors.items()})
+        tensors = names.rename(as_float32(content, str(weights)))
+        options = names.read_options({name: x.shape for name, x in tensors.items()})
     except KeyError as error:
         raise UserError(f"{weights} is no AutoencoderKL: it has no {error.args[0]}") from None
     except ValueError as error:
@@ -167,7 +162,7 @@ def _read(path: str | Path) -> AutoencoderFile:
 
     def expected_tensors():
         params = nnx.to_pure_dict(nnx.split(AutoencoderKL(**options, rngs=nnx.Rngs(0)))[1])
-        return autoencoder_to_torch(params)
+        return names.to_torch(params)
 
     expected = jax.eval_shape(expected_tensors)
     check_shapes(
@@ -178,7 +173,7 @@ def _read(path: str | Path) -> AutoencoderFile:
     )
     with weights.open("rb") as content_bytes:
         sha256 = hashlib.file_digest(content_bytes, "sha256").hexdigest()
-    return AutoencoderFile(options, autoencoder_from_torch(tensors), config["scaling_factor"], sha256)
+    return AutoencoderFile(options, names.from_torch(tensors), config["scaling_factor"], sha256)
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import appears_whole
-from maskdit_jax.interop.names import Shapes
 from maskdit_jax.interop.pickles import check_pickled
+from maskdit_jax.interop.tables import Shapes
 from maskdit_jax.log import log
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")

@@ -41,7 +41,7 @@ class MaskDiTNetwork:
     decoder_num_heads: int = option(16, "attention heads of the decoder", at_least=1)
 
     def __post_init__(self):
-        fill_size(self, maskdit.SIZES, patch_sizes=(2, 4, 8))
+        fill_size(self, maskdit.SIZES, maskdit.PATCH_SIZES)
 
 
 class MaskDiTDraws(NamedTuple):
@@ -128,7 +128,7 @@ class MaskDiT(Method):
         return MaskDiTDraws(clean, clean + per_sample(sigma) * noise, sigma, labels, mask)
 
     def loss(self, network: Network, draws: MaskDiTDraws) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Denoising of the visible patches, and mae_coef times the reconstruction of the hidden ones (sec. 3.3).
+        """Denoising of the visible patches, mae_coef times reconstruction of the hidden ones (sec. 3.3).
 
         The reconstruction target is the noisy patch, standardised by its own mean and variance. With
         nothing hidden the loss is the plain weighted error, and there is no reconstruction.

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.embed import Linear, xavier_uniform
 
+Activation = Callable[[jax.Array], jax.Array]
 MLP_RATIO = 4
 NORM_EPS = 1e-6  # PyTorch's default is 1e-5, with which published weights would give other images
 # What the "mlp" policy keeps; only fc1's output and the GELU are computed again.
@@ -24,20 +25,25 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     return (x32 * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]).astype(x.dtype)
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Tanh-approximated GELU that saves only its input for the backward pass."""
-    return jax.nn.gelu(x, approximate=True)
+def _save_only_input(activation: Activation) -> Activation:
+    """The same function; for the backward pass it saves nothing but its input."""
+
+    @jax.custom_vjp
+    def forward(x):
+        return activation(x)
+
+    def backward(x, gradient):
+        # In float32: in the type of x, XLA would find the forward pass's products here again and keep them,
+        # 41 MB for an image of XL/2, instead of folding bias and GELU into the matrix product before them.
+        derivative = jax.vjp(activation, x.astype(jnp.float32))[1](gradient.astype(jnp.float32))[0]
+        return (derivative.astype(x.dtype),)
+
+    forward.defvjp(lambda x: (forward(x), x), backward)
+    return forward
 
 
-def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # In float32: in the type of x, XLA would find the forward pass's products here again and keep them,
-    # 41 MB for an image of XL/2, instead of folding bias and GELU into the matrix product before them.
-    derivative = jax.vjp(jax.nn.gelu, x.astype(jnp.float32))[1](gradient.astype(jnp.float32))[0]
-    return (derivative.astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=True))
+exact_gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=False))
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -92,7 +98,7 @@ class Attention(nnx.Module):
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
             bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
-            qkv = qkv + bias.astype(qkv.dtype)
+            qkv = qkv + bias.astype(qkv.dtype)[None, None]
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
         return checkpoint_name(self.projection(checkpoint_name(out, "attention")), "projection")
@@ -106,7 +112,7 @@ class MLP(nnx.Module):
         width: int,
         *,
         ratio: float = MLP_RATIO,
-        activation: Callable[[jax.Array], jax.Array] = gelu,
+        activation: Activation = gelu,
         kernel_init: nnx.Initializer = xavier_uniform,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,

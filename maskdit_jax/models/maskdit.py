@@ -27,6 +27,8 @@ SIZES = {
     "XL": (28, 1152, 16),
     "H": (32, 1280, 16),
 }
+PATCH_SIZES = (2, 4, 8)
+
 
 
 class MaskDiT(nnx.Module):

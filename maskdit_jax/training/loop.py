@@ -189,8 +189,8 @@ def _describe(config: ConfigDict, training: Training, num_items: int) -> str:
     return (
         f"{count:,} parameters · {num_items:,} items of {config.data.source} · batch "
         f"{config.training.batch_size} on {counted(training.mesh.size, f'{jax.default_backend()} device')}, "
-        f"data {config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of {training.num_tokens}: "
-        f"{counted(len(training.keep_levels), 'compiled program')}\n"
+        f"data {config.mesh.data} × fsdp {config.mesh.fsdp} · visible patches {levels} of "
+        f"{training.num_tokens}: {counted(len(training.keep_levels), 'compiled program')}\n"
         + describe_placement(training.state_shapes, training.mesh)
     )
 
