@@ -20,6 +20,7 @@ from maskdit_jax.distributed.hosts import add_flags, joined, shared_flags
 from maskdit_jax.errors import Parser, UserError, shown
 from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.compute import PRECISIONS
+from maskdit_jax.options import each_option
 from maskdit_jax.sampling import MAX_BATCH_SIZE, MAX_SEED, Model
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
 from maskdit_jax.training.checkpoint import WEIGHTS
@@ -42,9 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="of compute; default: the run's")
     parser.add_argument("--format", help="of png,npz,grid; default: png,grid, of latents npz")
     parser.add_argument("--guidance_interval", help="LOW,HIGH: the noise levels that are guided")
-    for field in dataclasses.fields(SamplerOptions):
-        if field.name != "guidance_interval":
-            parser.add_argument(f"--{field.name}", type=field.type, help="default: the run's")
+    for name, field, kind in each_option(SamplerOptions):
+        if name != "guidance_interval":
+            parse = _parse_truth if kind is bool else kind
+            parser.add_argument(f"--{name}", type=parse, help=f"{field.metadata['help']}; default: the run's")
     add_flags(parser)
     flags = parser.parse_args(arguments)
     log_to_stdout()
@@ -140,6 +142,12 @@ def _parse_formats(text: str | None, makes_pixels: bool) -> list[str]:
                 f"--format={text}: the model makes latents, which have no pixels; use npz, or --vae=DIR"
             )
     return formats
+
+
+def _parse_truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def _parse_interval(text: str) -> tuple[float, float]:

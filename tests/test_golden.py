@@ -11,17 +11,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden_case import GOLDEN, Case, assert_close_to_rms
+from golden_case import COMPUTE, GOLDEN, Case, assert_close_to_rms
 from tiny import ROOT, command_environment
 
-from maskdit_jax.diffusion.edm import coefficients, loss_weight
-from maskdit_jax.diffusion.losses import maskdit_loss
-from maskdit_jax.interop.names import to_torch
+from maskdit_jax.diffusion.edm import coefficients, loss_weight, precondition
+from maskdit_jax.interop.maskdit import to_torch
+from maskdit_jax.methods.maskdit import MASK_SCHEDULES, MaskDiT, MaskDiTNetwork, mask_ratio_at
+from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.embed import noise_features, position_table
-from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.models.masking import count_kept
-from maskdit_jax.training.optimizer import MASK_SCHEDULES, make_optimizer, mask_ratio_at
-from maskdit_jax.training.state import init_params, update_ema
+from maskdit_jax.training.ema import update_ema
+from maskdit_jax.training.optimizer import make_optimizer
 
 SMALL = ["maskdit_s2_32"]
 SMALL += [pytest.param(name, marks=pytest.mark.slow) for name in ("maskdit_b4_uncond", "dit_s2_nodecoder")]
@@ -36,22 +36,19 @@ def case(name: str) -> Case:
 def losses(name: str) -> tuple[dict, dict, dict]:
     """Mean loss terms per sample with and without mask, and the gradient of the mean total loss."""
     c = case(name)
-    options = {"patch_size": c.options["patch_size"], "sigma_data": 0.5, "mae_coef": c.mae_coef}
 
     @jax.jit
-    def masked(params, batch):
-        loss, terms = maskdit_loss(c.denoiser(params), batch, **options)
+    def masked(params, draws):
+        loss, terms = c.loss(params, draws)
         return loss.mean(), {"total": loss, **terms}
 
     value_and_grad = jax.jit(jax.value_and_grad(masked, has_aux=True))
-    (_, terms), gradient = value_and_grad(c.params, c.batch)
+    (_, terms), gradient = value_and_grad(c.params, c.draws)
     return terms, gradient, value_and_grad
 
 
 def as_torch(name: str, params: dict) -> dict:
-    o = case(name).options
-    params = jax.device_get(params)  # views from here on
-    return to_torch(params, image_size=o["image_size"], patch_size=o["patch_size"])
+    return case(name).to_torch(jax.device_get(params))  # views from here on
 
 
 @pytest.mark.slow
@@ -69,33 +66,30 @@ def test_published_layout_through_the_public_api(name):
 def test_outputs_and_losses(name):
     """Denoised images with and without mask, and each loss, from the golden weights."""
     c = case(name)
-    options = {"patch_size": c.options["patch_size"], "sigma_data": 0.5, "mae_coef": c.mae_coef}
 
     @jax.jit
-    def run(params, batch):
-        denoise = c.denoiser(params)
-        masked = denoise(batch.noisy, batch.sigma, batch.labels, batch.mask)
-        loss, terms = maskdit_loss(denoise, batch, **options)
-        unmasked = batch._replace(mask=None)
-        plain, plain_terms = maskdit_loss(denoise, unmasked, **options)
-        evaluated = denoise(batch.noisy, batch.sigma, batch.labels)
+    def run(params, draws):
+        denoise = precondition(nnx.merge(c.graphdef, params), sigma_data=0.5)
+        masked = denoise(draws.noisy, draws.sigma, draws.labels, draws.mask)
+        loss, terms = c.loss(params, draws)
+        plain, plain_terms = c.loss(params, draws._replace(mask=None))
+        evaluated = c.denoiser(params)(draws.noisy, draws.sigma, draws.labels)
         return {"eval_D": evaluated, "train_D": masked}, {
             "loss_denoise": terms["denoise_loss"],
-            "loss_mae": terms["mae_loss"],
             "loss_total": loss,
             "loss_nomask": plain,
             "plain_terms": plain_terms["denoise_loss"],
-        }
+        } | ({"loss_mae": terms["mae_loss"]} if c.method.mae_coef else {})
 
-    outputs, terms = run(c.params, c.batch)
+    outputs, terms = run(c.params, c.draws)
     for key, value in outputs.items():
         assert_close_to_rms(value, c[key])
-    for key in ("loss_denoise", "loss_mae", "loss_total", "loss_nomask"):
+    for key in terms.keys() - {"plain_terms"}:
         np.testing.assert_allclose(terms[key], c[key], rtol=1e-4, err_msg=key)
     np.testing.assert_array_equal(terms["plain_terms"], terms["loss_nomask"])
-    np.testing.assert_array_equal(c.batch.mask.hidden, c["mask"])
-    np.testing.assert_array_equal(c.batch.mask.keep_ids, c["ids_keep"])
-    np.testing.assert_array_equal(c.batch.mask.restore_ids, c["ids_restore"])
+    np.testing.assert_array_equal(c.draws.mask.hidden, c["mask"])
+    np.testing.assert_array_equal(c.draws.mask.keep_ids, c["ids_keep"])
+    np.testing.assert_array_equal(c.draws.mask.restore_ids, c["ids_restore"])
 
 
 def test_preconditioning():
@@ -109,17 +103,17 @@ def test_preconditioning():
 def test_tokens_on_the_way():
     """Condition, embedded tokens, first block, encoder and bridge, each against its golden."""
     c = case("maskdit_s2_32")
-    network, mask = nnx.merge(c.graphdef, c.params), c.batch.mask
-    _, _, c_in, c_noise = coefficients(c.batch.sigma, 0.5)
-    condition = network.condition(c_noise, c.batch.labels)
+    network, mask = nnx.merge(c.graphdef, c.params), c.draws.mask
+    _, _, c_in, c_noise = coefficients(c.draws.sigma, 0.5)
+    condition = network.condition(c_noise, c.draws.labels)
     assert_close_to_rms(noise_features(c_noise), c["t_freq"])
     assert_close_to_rms(network.noise_embedding(c_noise), c["t_emb"])
-    assert_close_to_rms(network.label_embedding(c.batch.labels), c["y_emb"])
+    assert_close_to_rms(network.label_embedding(c.draws.labels), c["y_emb"])
     assert_close_to_rms(condition, c["c"])
 
-    tokens = network.embed(c_in[:, None, None, None] * c.batch.noisy, mask)
+    tokens = network.embed(c_in[:, None, None, None] * c.draws.noisy, mask)
     assert_close_to_rms(tokens, c["train_tokens_in"])
-    assert_close_to_rms(network.encoder.block(0)(tokens, condition), c["train_block0_out"])
+    assert_close_to_rms(network.encoder(tokens, condition, stop=1), c["train_block0_out"])
     tokens = network.encoder(tokens, condition)
     assert_close_to_rms(tokens, c["train_enc_tokens"])
     assert_close_to_rms(network.bridge(tokens, condition), c["train_dec_layer_out"])
@@ -153,7 +147,7 @@ def test_two_adamw_steps_and_the_ema():
         return optax.apply_updates(params, updates), opt_state
 
     for step in (1, 2):
-        (loss, _), gradient = value_and_grad(params, c.batch)
+        (loss, _), gradient = value_and_grad(params, c.draws)
         params, opt_state = update(gradient, opt_state, params)
         seen.append(loss)
         tensors = as_torch("maskdit_s2_32", params)
@@ -166,7 +160,7 @@ def test_two_adamw_steps_and_the_ema():
                 for name in c.arrays:
                     if name.startswith(prefix):
                         np.testing.assert_allclose(ema[name.split("__")[1]], c[name], rtol=0, atol=atol)
-    seen.append(value_and_grad(params, c.batch)[0][0])
+    seen.append(value_and_grad(params, c.draws)[0][0])
     np.testing.assert_allclose(seen, c["step_loss_mean"], rtol=1e-4)
 
 
@@ -199,21 +193,12 @@ def _registry():
 def test_parameter_count_of_every_size(name):
     """Counts with and without the fixed tables and the decoder; for two sizes all names and shapes."""
     registry = _registry()
-    size, patch = name.removeprefix("DiT-").split("/")
-    depth, hidden_size, num_heads = SIZES[size]
-    options = {
-        "image_size": 32,
-        "channels": 4,
-        "patch_size": int(patch),
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "num_classes": 1000,
-    }
+    data = Shape(32, 4, 1000)
 
-    def tensors(**extra):
-        params = init_params(options | extra, 0)
-        return params, to_torch(params, image_size=32, patch_size=int(patch))
+    def tensors(**options):
+        network = MaskDiTNetwork(size=name.removeprefix("DiT-"), **options)
+        params = init_params(MaskDiT(network=network), data, COMPUTE, 0)
+        return params, to_torch(params, network, data)
 
     def count(tree):
         return sum(x.size for x in jax.tree.leaves(tree))
@@ -230,18 +215,18 @@ def test_parameter_count_of_every_size(name):
 
 
 @pytest.mark.parametrize(
-    ("option", "extra"),
+    ("option", "network", "num_classes"),
     [
-        ("mae_loss_coef=0", {"use_mask_token": False}),
-        ("num_classes=0", {"num_classes": 0}),
-        ("use_decoder=False", {"use_decoder": False}),
+        ("mae_loss_coef=0", {"mask_token": False}, 1000),
+        ("num_classes=0", {}, 0),
+        ("use_decoder=False", {"use_decoder": False}, 1000),
     ],
 )
-def test_options_remove_the_tensors_they_should(option, extra):
+def test_options_remove_the_tensors_they_should(option, network, num_classes):
     registry = _registry()
-    options = {"image_size": 32, "channels": 4, "patch_size": 2, "hidden_size": 384, "depth": 12}
-    options |= {"num_heads": 6, "num_classes": 1000} | extra
-    keys = jax.eval_shape(lambda: to_torch(init_params(options, 0), image_size=32, patch_size=2))
+    data, network = Shape(32, 4, num_classes), MaskDiTNetwork(size="S/2", **network)
+    method = MaskDiT(network=network)
+    keys = jax.eval_shape(lambda: to_torch(init_params(method, data, COMPUTE, 0), network, data))
     gone = {key for key, _ in registry["state_dict"]["DiT-S/2"]} - set(keys)
     removed = registry["option_keys"][option]["removed"]
     assert gone

@@ -30,7 +30,6 @@ SIZES = {
 PATCH_SIZES = (2, 4, 8)
 
 
-
 class MaskDiT(nnx.Module):
     """The network F(x, c_noise, labels, mask); every argument is a number, so any size can be built.
 
