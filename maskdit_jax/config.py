@@ -281,7 +281,7 @@ def check_method(config: ConfigDict) -> None:
     name = config.method.name
     _require(name in METHODS, f"method.name={shown(repr(name))} is unknown; known: {', '.join(METHODS)}")
     method = method_of(config)
-    config.method.update(as_section(method))
+    config.method.update(**as_section(method))
     check_options(method, "method.")
     check_options(from_section(Data, config.data), "data.")
     method.check(shape_of(config))

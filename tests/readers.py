@@ -24,17 +24,19 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
-from maskdit_jax import export_torch, import_torch, load, load_autoencoder
+import maskdit_jax
+from maskdit_jax import load, load_autoencoder
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load as load_config
 from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.card import finish
-from maskdit_jax.interop.names import autoencoder_to_torch, to_torch
+from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
+from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.training.checkpoint import Checkpoints, _meta_digest
-from maskdit_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +73,8 @@ def write_moments(folder: Path) -> Path:
 
 
 def read_moments(path: Path) -> object:
-    source = open_source(f"latents:{path}", image_size=4, channels=3, num_classes=5, space="latents")
+    wanted = Shape(image_size=4, channels=3, num_classes=5)
+    source = open_source(f"latents:{path}", wanted, space="latents")
     return source.read(np.arange(len(source)), np.arange(len(source)))
 
 
@@ -174,9 +177,8 @@ def write_images(folder: Path) -> Path:
 
 
 def read_images(path: Path) -> object:
-    source = open_source(
-        f"folder:{path}", image_size=24, channels=3, num_classes=2, space="pixels", max_zoom=1.5
-    )
+    wanted = Shape(image_size=24, channels=3, num_classes=2)
+    source = open_source(f"folder:{path}", wanted, space="pixels", max_zoom=1.5)
     return source.read(np.arange(len(source)), np.arange(len(source)))
 
 
@@ -198,16 +200,24 @@ READERS["image"] = Reader(write_images, read_images, repair_images)
 
 # Weights: PyTorch's files, and the config.json that an export has beside them
 
-TINY = {"channels": 1, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "image_size": 4}
-TINY |= {"num_classes": 2, "decoder_hidden_size": 4, "decoder_depth": 1, "decoder_num_heads": 1}
+TINY = {"size": "custom", "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2}
+TINY |= {"decoder_hidden_size": 4, "decoder_depth": 1, "decoder_num_heads": 1}
+NETWORK, DATA = MaskDiTNetwork(**TINY), Shape(image_size=4, channels=1, num_classes=2)
 HEADS = {"num_heads": 2, "decoder_num_heads": 1}
+
+
+def tiny_zeros() -> dict:
+    """Parameters of that network, all of them zero."""
+    shapes = jax.eval_shape(lambda: init_params(MaskDiT(NETWORK), DATA, Compute(), 0))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 @functools.cache
 def tiny_tensors() -> dict[str, np.ndarray]:
     """Tensors of a network by their torch names, of zeros but for the position tables."""
-    shapes = jax.eval_shape(lambda: init_params(TINY, 0))
-    tensors = to_torch(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), image_size=4, patch_size=2)
+    from maskdit_jax.interop.maskdit import to_torch
+
+    tensors = to_torch(tiny_zeros(), NETWORK, DATA)
     return {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
 
 
@@ -240,7 +250,7 @@ def write_safetensors(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> object:
-    import_torch(path, path.with_name("out"), **HEADS)
+    maskdit_jax.import_torch(path, path.with_name("out"), **HEADS)
     return path
 
 
@@ -259,15 +269,15 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def export_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        import_torch(tiny_tensors(), folder / "imported", **HEADS)
-        export_torch(load(folder / "imported"), folder / "out/model.safetensors")
+        maskdit_jax.import_torch(tiny_tensors(), folder / "imported", **HEADS)
+        maskdit_jax.export_torch(load(folder / "imported"), folder / "out/model.safetensors")
         return content_of(folder / "out")
 
 
 def read_export(path: Path) -> object:
     """Import, then what `sample` asks of the imported options."""
     out = path.parent.with_name("out")
-    import_torch(path.with_name("model.safetensors"), out)
+    maskdit_jax.import_torch(path.with_name("model.safetensors"), out)
     return load(out).sampler_options()
 
 
@@ -285,14 +295,15 @@ def run_files() -> dict[str, bytes]:
     """A run with one step, which asks for no card and has one."""
     config = resolve(load_config(str(ROOT / "configs/digits.py")), device_count=jax.device_count())
     with config.unlocked():
-        config.model.update(size="custom", unroll="auto", **TINY)
+        config.method.network.update(**TINY)
+        config.data.update(**DATA._asdict())
+        config.compute.unroll = "auto"
         config.evaluation.num_samples = 0
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: init_params(TINY, 0)))
     meta = {"config": config.to_dict(), "items_consumed": 7, "seconds": 1.5}
     with tempfile.TemporaryDirectory() as name:
         checkpoints = Checkpoints(name, keep=1)
         # What sampling reads; the rest of a training state would take seconds to digest.
-        checkpoints.save_weights(3, {"ema_params": params}, meta)
+        checkpoints.save_weights(3, {"ema_params": tiny_zeros()}, meta)
         checkpoints.close()
         files = content_of(Path(name))
     guided = {"cfg_scale": 1.5, "class_share": 0.9, "frechet_distance": 3.0, "sampling_s": 1.0}
@@ -338,7 +349,9 @@ def autoencoder_files() -> dict[str, bytes]:
     options = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
     shapes = nnx.eval_shape(lambda: AutoencoderKL(**options, rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.to_pure_dict(nnx.split(shapes)[1]))
-    tensors = {name: np.ascontiguousarray(x) for name, x in autoencoder_to_torch(params).items()}
+    from maskdit_jax.interop.autoencoder import to_torch
+
+    tensors = {name: np.ascontiguousarray(x) for name, x in to_torch(params).items()}
     config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4}
     config |= {"scaling_factor": 0.25, "act_fn": "silu", "sample_size": 256} | options
     with tempfile.TemporaryDirectory() as name:

@@ -46,7 +46,7 @@ def run_steps(data: int, fsdp: int) -> tuple[list[dict[str, float]], list[np.nda
             state, step_metrics = training.step(state, next(device_batches), training.num_keep(step))
             metrics.append(step_metrics)
     metrics = [{k: float(v) for k, v in jax.device_get(m).items()} for m in metrics]
-    return metrics, [to_host(x) for x in jax.tree.leaves((state.params, state.ema_params))]
+    return metrics, [to_host(x) for x in jax.tree.leaves((state.params, state.ema["ema"]))]
 
 
 def main() -> None:

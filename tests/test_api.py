@@ -10,17 +10,18 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from maskdit_jax import Model, UserError
-from maskdit_jax.config import network_options, resolve
+from maskdit_jax.config import compute_of, method_of, resolve, shape_of
 from maskdit_jax.config_file import load
+from maskdit_jax.data.codec import Codec
 from maskdit_jax.diffusion.solvers import integrate, sigma_grid
-from maskdit_jax.training.state import init_params, network_graph
+from maskdit_jax.methods.method import init_params, network_graph
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
-    model.hidden_size=32 model.depth=1 model.num_heads=2 model.decoder_hidden_size=16
-    model.decoder_depth=1 model.decoder_num_heads=2
+    method.network.hidden_size=32 method.network.depth=1 method.network.num_heads=2
+    method.network.decoder_hidden_size=16 method.network.decoder_depth=1 method.network.decoder_num_heads=2
 """.split()
-NO_DECODER = ["model.use_decoder=false", "diffusion.mae_coef=0"]
+NO_DECODER = ["method.network.use_decoder=false", "method.mae_coef=0"]
 # Small programs, as compilation is what these tests wait for.
 QUICK = {"num_steps": 3, "solver": "euler"}
 # With churn every draw, not the first only, must be from the image's own seed.
@@ -29,17 +30,22 @@ SEEDS = [7, 0, 2**32 - 1, 3, 12, 25, 1, 4, 30, 2]
 LABELS = [0, 1, 2, 3, 4, 5, 9, -1, 0, 9]
 
 
+def network_of(config):
+    """What decides a network and how it is computed."""
+    return method_of(config), shape_of(config), compute_of(config)
+
+
 def small_model(num_devices: int, options: list[str]) -> Model:
     """A digits model whose parameters are all random: a fresh one outputs zeros."""
     overrides = [f"--config.{option}" for option in SMALL + options]
     config = resolve(load(ROOT / "configs/digits.py", overrides), device_count=num_devices)
-    shapes = jax.eval_shape(lambda: init_params(network_options(config), 0))
+    shapes = jax.eval_shape(lambda: init_params(*network_of(config), 0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
     mesh = jax.make_mesh(
         (num_devices, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:num_devices]
     )
-    return Model(config, params, mesh)
+    return Model(config, params, mesh, Codec("pixels", config.data.latent_scale))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def unconditional() -> Model:
-    return small_model(1, [*NO_DECODER, "model.num_classes=0"])
+    return small_model(1, [*NO_DECODER, "data.num_classes=0"])
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +70,8 @@ def noisy() -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def denoise_by_hand(model: Model, x, sigma, labels) -> np.ndarray:
     """D = c_skip·x + c_out·F(c_in·x, ln(sigma) / 4, labels) (EDM, eq. 7), without the package's edm.py."""
-    network = nnx.merge(network_graph(network_options(model.config)), model.params)
-    s, d = np.asarray(sigma, np.float64)[:, None, None, None], model.config.diffusion.sigma_data
+    network = nnx.merge(network_graph(*network_of(model.config)), model.params)
+    s, d = np.asarray(sigma, np.float64)[:, None, None, None], model.config.method.sigma_data
     scaled = jnp.asarray(np.asarray(x) / np.sqrt(s**2 + d**2), jnp.float32)
     prediction = np.asarray(jax.jit(network)(scaled, jnp.log(sigma) / 4, labels))
     assert prediction.std() > 0.05

@@ -200,8 +200,8 @@ def test_training_shows_pixels_when_the_config_names_an_autoencoder(folder, tmp_
     finish_shards(tmp_path / "data", reports, num_classes=2, latent_scale=0.25, about={})
     flags = f"""
         vae={folder} data.source=latents:{tmp_path / "data"} data.latent_scale=0.25
-        model.image_size=8 model.num_classes=2 model.size=custom model.patch_size=4 model.hidden_size=32
-        model.depth=1 model.num_heads=2 model.use_decoder=false diffusion.mae_coef=0 model.precision=float32
+        data.image_size=8 data.num_classes=2 method.network.size=custom method.network.patch_size=4 method.network.hidden_size=32
+        method.network.depth=1 method.network.num_heads=2 method.network.use_decoder=false method.mae_coef=0 compute.precision=float32
         training.num_steps=1 training.batch_size=8 sampling.num_steps=1 sampling.cfg_scale=1
         report.preview_columns=4 report.preview_steps=1 report.tensorboard=false
     """
@@ -247,7 +247,7 @@ def test_autoencoder_that_does_not_fit_the_model_is_refused(autoencoder):
     config = resolve(load(ROOT / "configs/digits.py"), device_count=8)
     with pytest.raises(UserError, match="makes pixels, there is nothing to decode"):
         Model(config, {}, None, autoencoder=autoencoder)
-    config = resolve(load(ROOT / "configs/in256.py", ["--config.model.channels=8"]), device_count=8)
+    config = resolve(load(ROOT / "configs/in256.py", ["--config.data.channels=8"]), device_count=8)
     with pytest.raises(UserError, match="latents have 4 channels, the model's 8"):
         Model(config, {}, None, autoencoder=autoencoder)
     with pytest.raises(UserError, match=r"vae='x' decodes latents, but data\.space='pixels'"):

@@ -14,7 +14,7 @@ from maskdit_jax.data.loader_speed import write_synthetic_shards
 ABSENT = """
     tensorflow tensorflow_datasets clu ml_collections grain sklearn PIL torch safetensors lmdb diffusers
 """.split()
-OPTIONS = [f"--config.model.{name}={value}" for name, value in NETWORK.items()]
+OPTIONS = [f"--config.method.network.{name}={value}" for name, value in NETWORK.items()]
 TINY = ["--config=configs/digits.py", *OPTIONS, "--batch=8"]
 
 
@@ -88,12 +88,12 @@ def test_compile_only_runs_nothing(python, tmp_path):
 
 @pytest.mark.processes
 def test_a_bad_option_is_one_line_and_exit_code_2(python):
-    done = python("tools/benchmark.py", *TINY, "--config.model.hiden_size=32")
+    done = python("tools/benchmark.py", *TINY, "--config.method.network.hiden_size=32")
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "model.hiden_size" in line and "model.hidden_size" in line
+    assert "method.network.hiden_size" in line and "method.network.hidden_size" in line
 
 
 def test_loader_is_measured_beside_a_bare_read(tmp_path, monkeypatch, capsys):

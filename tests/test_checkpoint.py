@@ -13,6 +13,7 @@ from tiny import SAVE_EVERY, steps_of, tiny_config, tiny_flags
 
 from maskdit_jax import load as load_model
 from maskdit_jax import main
+from maskdit_jax.api import other_weights
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
@@ -30,7 +31,7 @@ def run(tmp_path_factory) -> Path:
     checkpoints = Checkpoints(workdir, keep=2, keep_every_steps=4)
     for step in range(3, 10):
         ema_params = jax.tree.map(lambda x, step=step: x * step, state.params)
-        saved = state._replace(step=np.int32(step), ema_params=ema_params)
+        saved = state._replace(step=np.int32(step), ema={"ema": ema_params})
         checkpoints.save(saved, {"config": config.to_dict(), "items_consumed": 7 * step, "seconds": 1.5})
     assert checkpoints.settle() == ""
     checkpoints.close()
@@ -97,7 +98,7 @@ def test_step_that_is_gone_is_not_mixed_with_another(copy):
     model = load_model(copy)
     shutil.rmtree(copy / "checkpoints" / "9")
     with pytest.raises(UserError, match="no longer holds step 9"):
-        model.with_weights("params")
+        other_weights(model, "params")
 
 
 def test_folder_is_locked_while_a_run_writes_and_free_after(tmp_path):

@@ -47,7 +47,7 @@ CASES = [  # what is wrong, the file, what the line must say
     ("endless recursion", body("return get_config()"), "line", "RecursionError"),
     ("nothing returned", START, "returned None", "return config"),
     ("a plain dict", "def get_config():\n    return {'seed': 1}\n", "returned a dict", "base.get_config()"),
-    ("a section of base", START + "    return config.model\n", "'channels'", "model.channels"),
+    ("a section of base", START + "    return config.model\n", "'channels'", "data.channels"),
     (
         "a configuration of its own",
         "from maskdit_jax.config import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 3})\n",
@@ -91,8 +91,8 @@ CASES = [  # what is wrong, the file, what the line must say
     ("number true", body("config.seed = True"), "seed=True", "a whole number"),
     ("switch 1", body("config.report.tensorboard = 1"), "line 6", "tensorboard=1", "true or false"),
     ("section a number", body("config.model = 3"), "line 6", "model", "update(…)"),
-    ("section a dict", body("config.unlock()", "config.model = {'depth': 1}"), "model.channels is missing"),
-    ("section deleted", body("config.unlock()", "del config.model"), "model.channels is missing"),
+    ("section a dict", body("config.unlock()", "config.model = {'depth': 1}"), "data.channels is missing"),
+    ("section deleted", body("config.unlock()", "del config.model"), "data.channels is missing"),
     ("a number of 5,000 digits", body("config.seed = 10**5000"), "seed=", "a huge number", "4,294,967,295"),
     ("float beyond all", body("config.optimizer.eps = 1e-8 + 10**5000"), "OverflowError"),
 ]

@@ -25,6 +25,7 @@ from maskdit_jax.data.shards import finish_shards, open_shards, read_report, sha
 from maskdit_jax.data.sources import Digits, LatentShards, open_source
 from maskdit_jax.distributed.mesh import batch_sharding, make_mesh
 from maskdit_jax.errors import UserError
+from maskdit_jax.methods.method import Shape
 from maskdit_jax.training.loop import warn_of_scale
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +157,7 @@ def test_draws_count_the_items_of_the_run():
 def test_number_of_threads_does_not_change_the_batches():
     one, many = (batches(Digits(), batch_size=479, seed=0, num_threads=n) for n in (1, 8))
     for expected, actual in itertools.islice(zip(one, many, strict=True), 4):
-        np.testing.assert_array_equal(actual["clean"], expected["latents"])
+        np.testing.assert_array_equal(actual["clean"], expected["clean"])
         np.testing.assert_array_equal(actual["labels"], expected["labels"])
 
 
@@ -217,8 +218,7 @@ def folder(moments, tmp_path):
     return tmp_path / "moments"
 
 
-SHAPE = {"image_size": 4, "channels": 3, "num_classes": 40}
-WANTED = SHAPE | {"space": "latents"}
+WANTED = Shape(image_size=4, channels=3, num_classes=40)
 
 
 def test_shards_give_back_the_moments(folder, moments):
@@ -226,11 +226,11 @@ def test_shards_give_back_the_moments(folder, moments):
     assert [len(shard.labels) for shard in shards] == [8, 3]
     np.testing.assert_array_equal(np.concatenate([shard.moments for shard in shards]), moments)
     np.testing.assert_array_equal(np.concatenate([shard.labels for shard in shards]), 20 + np.arange(11))
-    assert {name: metadata[name] for name in SHAPE} == SHAPE
+    assert Shape(*(metadata[name] for name in Shape._fields)) == WANTED
 
 
 def test_source_of_latents_has_every_image_and_its_mirror_image(folder, moments):
-    source = open_source(f"latents:{folder}", **WANTED)
+    source = open_source(f"latents:{folder}", WANTED, space="latents")
     assert len(source) == 22
     batch = source.read(np.arange(22)[::-1], np.arange(22))
     np.testing.assert_array_equal(batch["moments"][::-1], moments.reshape(22, 4, 4, 6))
@@ -239,7 +239,7 @@ def test_source_of_latents_has_every_image_and_its_mirror_image(folder, moments)
 
 def test_source_of_latents_without_mirror_images_has_every_image(moments, tmp_path):
     write_folder(tmp_path / "one", moments[:, :1], np.arange(11), num_classes=40, shard_size=4)
-    source = open_source(f"latents:{tmp_path / 'one'}", **WANTED)
+    source = open_source(f"latents:{tmp_path / 'one'}", WANTED, space="latents")
     batch = source.read(np.arange(len(source)), np.arange(len(source)))
     np.testing.assert_array_equal(batch["moments"], moments[:, 0])
 
@@ -247,7 +247,7 @@ def test_source_of_latents_without_mirror_images_has_every_image(moments, tmp_pa
 @pytest.mark.parametrize("process_count", [1, 2, 3])
 def test_two_epochs_of_latents_have_every_view_twice(folder, moments, process_count):
     """The union of the processes' parts, in another order each epoch."""
-    source = open_source(f"latents:{folder}", **WANTED)
+    source = open_source(f"latents:{folder}", WANTED, space="latents")
     streams = [
         batches(source, batch_size=6, seed=0, process_index=i, process_count=process_count)
         for i in range(process_count)
@@ -294,7 +294,7 @@ def test_statistics_are_those_of_drawn_latents(folder, moments):
 
 def test_moments_in_fortran_order_are_read_as_what_they_are(folder, moments):
     np.save(folder / f"{shard_names(2)[0]}.moments.npy", np.asfortranarray(moments[:8]))
-    source = open_source(f"latents:{folder}", **WANTED)
+    source = open_source(f"latents:{folder}", WANTED, space="latents")
     batch = source.read(np.arange(22), np.arange(22))
     np.testing.assert_array_equal(batch["moments"], moments.reshape(22, 4, 4, 6))
 
@@ -384,46 +384,46 @@ def test_drawn_latents_are_the_authors():
 
 def test_missing_folder_says_how_to_make_it(tmp_path):
     with user_error(str(tmp_path / "none"), "metadata.json", "tools/encode_latents.py"):
-        open_source(f"latents:{tmp_path / 'none'}", **WANTED)
+        open_source(f"latents:{tmp_path / 'none'}", WANTED, space="latents")
 
 
 @pytest.mark.parametrize(("name", "space"), [("digits", "latents"), ("latents:{folder}", "pixels")])
 def test_space_of_the_data_must_be_the_models(folder, name, space):
     name = name.format(folder=folder)
     with user_error(f"data.source={name!r} gives", f"data.space={space!r}"):
-        open_source(name, **SHAPE, space=space)
+        open_source(name, WANTED, space=space)
 
 
 @pytest.mark.parametrize("field, asked", [("image_size", 8), ("channels", 4), ("num_classes", 1000)])
 def test_data_of_another_shape_than_the_models_is_an_error(folder, field, asked):
-    with user_error(f"model.{field}={asked}", f"the data has {SHAPE[field]}"):
-        open_source(f"latents:{folder}", **WANTED | {field: asked})
+    with user_error(f"data.{field}={asked}", f"the data has {getattr(WANTED, field)}"):
+        open_source(f"latents:{folder}", WANTED._replace(**{field: asked}), space="latents")
 
 
 def test_every_difference_of_shape_is_in_the_message():
     with user_error(
-        "model.image_size=4", "has 8", "model.channels=3", "has 1", "model.num_classes=40", "has 10"
+        "data.image_size=4", "has 8", "data.channels=3", "has 1", "data.num_classes=40", "has 10"
     ):
-        open_source("digits", **SHAPE, space="pixels")
+        open_source("digits", WANTED, space="pixels")
 
 
 def test_unconditional_model_takes_data_with_any_classes(folder):
-    assert len(open_source(f"latents:{folder}", **WANTED | {"num_classes": 0})) == 22
+    assert len(open_source(f"latents:{folder}", WANTED._replace(num_classes=0), space="latents")) == 22
 
 
 @pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])
 def test_unknown_source_lists_the_known_ones(name):
     with user_error(f"data.source={name!r}", "digits, latents:FOLDER, folder:PATH, tfds:NAME"):
-        open_source(name, **WANTED)
+        open_source(name, WANTED, space="latents")
 
 
 @pytest.mark.parametrize(("latent_scale", "warned"), [(0.18215, True), (1.0, False), (5.0, True)])
 def test_latents_far_from_sigma_data_are_warned_of(folder, latent_scale, warned, caplog, monkeypatch):
     """Their rms before scaling is between 1 and 2."""
     monkeypatch.setattr(logging.getLogger("maskdit_jax"), "propagate", True)
-    overrides = [f"--config.data.latent_scale={latent_scale}", "--config.diffusion.sigma_data=1"]
+    overrides = [f"--config.data.latent_scale={latent_scale}", "--config.method.sigma_data=1"]
     config = load(str(ROOT / "configs/in256.py"), overrides)
-    source = open_source(f"latents:{folder}", **WANTED)
+    source = open_source(f"latents:{folder}", WANTED, space="latents")
     assert 1 < source.rms < 2
     warn_of_scale(source, config)
     assert ("is data.latent_scale=" in caplog.text) == warned

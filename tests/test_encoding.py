@@ -276,10 +276,11 @@ def test_rehearsal_from_imagenets_archives_to_sampled_pngs(vae, environment, tmp
     assert sum(len(shard.labels) for shard in shards) == 15
 
     small = f"""
-        data.source=latents:{tmp_path / "in256"} vae={vae} model.image_size=4 model.size=custom
-        model.patch_size=2 model.hidden_size=32 model.depth=1 model.num_heads=2
-        model.decoder_hidden_size=16 model.decoder_depth=1 model.decoder_num_heads=2
-        model.precision=float32 training.batch_size=8 checkpoint.every_steps=2 report.every_steps=1
+        data.source=latents:{tmp_path / "in256"} vae={vae} data.image_size=4 method.network.size=custom
+        method.network.patch_size=2 method.network.hidden_size=32 method.network.depth=1
+        method.network.num_heads=2 method.network.decoder_hidden_size=16 method.network.decoder_depth=1
+        method.network.decoder_num_heads=2
+        compute.precision=float32 training.batch_size=8 checkpoint.every_steps=2 report.every_steps=1
         report.tensorboard=false report.preview_rows=2 report.preview_columns=2 sampling.num_steps=2
     """
     train = [sys.executable, "-m", "maskdit_jax.main", f"--config={ROOT / 'configs/in256.py'}"]

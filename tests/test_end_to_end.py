@@ -131,18 +131,18 @@ def test_init_from_starts_from_weights_and_ema_with_a_fresh_optimizer(run, tmp_p
     rate = PEAK_RATE / WARMUP_STEPS
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, other.params)))]
     assert 0.9 * rate < max(moved) < 1.01 * rate
-    expected_ema = jax.tree.map(lambda e, p: e + (1 - EMA_DECAY) * (p - e), other.ema_params, state.params)
+    expected_ema = jax.tree.map(lambda e, p: e + (1 - EMA_DECAY) * (p - e), other.ema["ema"], state.params)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.ema_params, expected_ema
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.ema["ema"], expected_ema
     )
-    distances = jax.tree.map(lambda e, p: np.abs(e - p).max(), other.ema_params, other.params)
+    distances = jax.tree.map(lambda e, p: np.abs(e - p).max(), other.ema["ema"], other.params)
     assert max(jax.tree.leaves(distances)) > 10 * rate  # the EMA is not the weights
 
 
 def test_init_from_of_another_shape_is_refused(run, capsys, tmp_path):
-    options = {"model.hidden_size": 32, "model.channels": 1, "init_from": run}
+    options = {"method.network.hidden_size": 32, "data.channels": 1, "init_from": run}
     error = refusal(capsys, main.main, main_flags(tmp_path / "new", options))
-    assert f"the model differs from the one in {run}: hidden_size=32 here, 64 there" in error
+    assert f"the model differs from the one in {run}: method.network.hidden_size=32 here, 64 there" in error
 
 
 def test_init_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
@@ -175,7 +175,7 @@ def test_files_of_the_sample_command_are_the_samples_of_the_model(run, tmp_path,
 
 def test_load_gives_the_ema_unless_asked_for_the_weights(run):
     state, _ = restored(run)
-    assert_identical(load(run).params, state.ema_params)
+    assert_identical(load(run).params, state.ema["ema"])
     assert_identical(load(run, "params").params, state.params)
 
 
@@ -190,7 +190,7 @@ def test_load_gives_the_ema_unless_asked_for_the_weights(run):
         ({"report.tensorboard": "perhaps"}, ["--config.report.tensorboard=perhaps", "true or false"]),
         ({"training.batch_size": 100}, ["training.batch_size=100", "8 devices", "96 or 104"]),
         ({"data.source": "mnist"}, ["data.source='mnist'", "digits, latents:FOLDER"]),
-        ({"model.image_size": 16}, ["model.image_size=16", "the data has 8"]),
+        ({"data.image_size": 16}, ["data.image_size=16", "the data has 8"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -270,12 +270,12 @@ def test_messages_between_processes_are_understood_in_any_pieces():
 
 
 TRAIN = {
-    "model.hidden_size": 64,
-    "model.depth": 1,
-    "model.num_heads": 2,
-    "model.decoder_hidden_size": 32,
-    "model.decoder_depth": 1,
-    "model.decoder_num_heads": 2,
+    "method.network.hidden_size": 64,
+    "method.network.depth": 1,
+    "method.network.num_heads": 2,
+    "method.network.decoder_hidden_size": 32,
+    "method.network.decoder_depth": 1,
+    "method.network.decoder_num_heads": 2,
     "training.num_steps": 100_000,
     "training.batch_size": 16,
     "report.every_steps": 1,

@@ -15,6 +15,7 @@ from maskdit_jax.data.images import centre_square, decode_image, random_square, 
 from maskdit_jax.data.pipeline import batches
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.errors import UserError
+from maskdit_jax.methods.method import Shape
 
 ROOT = Path(__file__).parent.parent
 
@@ -229,9 +230,8 @@ def test_empty_folders_and_unknown_kinds_are_refused(tmp_path):
 
 def test_pixels_are_flipped_for_half_of_the_draws_and_the_same_in_every_process(tmp_path):
     write_images(tmp_path / "set", {"ant": 3, "bee": 5})
-    source = open_source(
-        f"folder:{tmp_path / 'set'}", image_size=8, channels=3, num_classes=2, space="pixels", flip=True
-    )
+    wanted = Shape(image_size=8, channels=3, num_classes=2)
+    source = open_source(f"folder:{tmp_path / 'set'}", wanted, space="pixels", flip=True)
     batch = next(batches(source, batch_size=48, seed=0))
     options = {"batch_size": 48, "seed": 0, "process_count": 3}
     parts = [next(batches(source, process_index=i, **options)) for i in range(3)]
@@ -248,8 +248,9 @@ def test_pixels_are_flipped_for_half_of_the_draws_and_the_same_in_every_process(
 
 def train_flags(folder: Path, workdir: Path) -> list[str]:
     flags = f"""
-        data.source=folder:{folder} data.flip=true data.max_zoom=1.5 model.channels=3 model.num_classes=2
-        model.hidden_size=32 model.depth=1 model.num_heads=2 model.use_decoder=false diffusion.mae_coef=0
+        data.source=folder:{folder} data.flip=true data.max_zoom=1.5 data.channels=3 data.num_classes=2
+        method.network.hidden_size=32 method.network.depth=1 method.network.num_heads=2
+        method.network.use_decoder=false method.mae_coef=0
         training.num_steps=2 training.batch_size=8 sampling.num_steps=1 sampling.cfg_scale=1
         report.preview_columns=2 report.tensorboard=false evaluation.num_samples=0
     """

@@ -68,7 +68,7 @@ def test_a_device_of_eight_holds_an_eighth_of_xl2s_state():
     """From shapes: parameters, EMA and both moments of XL/2."""
     training = build(config_of("in256", mesh__fsdp=8))
     state = training.state_shapes
-    whole, each = bytes_of((state.params, state.ema_params, state.opt_state))
+    whole, each = bytes_of((state.params, state.ema["ema"], state.opt_state))
     assert whole > 4 * 4 * 700e6
     assert each <= 0.15 * whole
     text = describe_placement(state, training.mesh)
@@ -79,10 +79,11 @@ def test_a_device_of_eight_holds_an_eighth_of_xl2s_state():
 
 def test_gradients_are_summed_between_devices_in_float32():
     """Every collective of the bfloat16 step, as lowered for two data and four fsdp devices, is float32."""
-    options = {"model__hidden_size": 128, "model__depth": 1, "model__num_heads": 2, "model__patch_size": 2}
-    config = config_of("in256", model__size="custom", mesh__fsdp=4, **options)
+    network = {"size": "custom", "hidden_size": 128, "depth": 1, "num_heads": 2, "patch_size": 2}
+    options = {f"method__network__{name}": value for name, value in network.items()}
+    config = config_of("in256", mesh__fsdp=4, **options)
     training = build(config)
-    assert config.model.precision == "bfloat16"
+    assert config.compute.precision == "bfloat16"
     shapes = batch_shapes(config, training.mesh, BATCH_SIZE)
     text = training.step.lower(training.state_shapes, shapes, training.num_keep(0)).as_text()
     names = ("all_gather", "reduce_scatter", "all_reduce")

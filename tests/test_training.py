@@ -203,13 +203,13 @@ def test_loss_falls_and_the_ema_follows_the_numpy_loop():
     step, batch = train_step(), batch_of()
     batch["clean"] = jnp.where(batch["labels"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["clean"]
     state = init_state(fresh_params(), adamw())
-    ema, losses = jax.device_get(state.ema_params), []
+    ema, losses = jax.device_get(state.ema["ema"]), []
     for _ in range(40):
         state, metrics = step(state, batch, 8)
         losses.append(float(metrics["denoise_loss"]))
         ema = jax.tree.map(lambda e, p: 0.99 * e + 0.01 * p, ema, jax.device_get(state.params))
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
-    assert_trees_close(state.ema_params, ema, rtol=1e-4, atol=1e-6)
+    assert_trees_close(state.ema["ema"], ema, rtol=1e-4, atol=1e-6)
 
 
 def test_ema_of_constant_parameters_is_those_parameters():
