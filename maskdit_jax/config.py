@@ -281,7 +281,7 @@ def check_method(config: ConfigDict) -> None:
     name = config.method.name
     _require(name in METHODS, f"method.name={shown(repr(name))} is unknown; known: {', '.join(METHODS)}")
     method = method_of(config)
-    config.method.update(as_section(method))
+    config.method.update(**as_section(method))
     check_options(method, "method.")
     # Of the data, weights alone have saved no more than they need.
     check_options(Data(**{name: x for name, x in config.data.items() if name in vars(Data())}), "data.")

@@ -9,17 +9,32 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from maskdit_jax.config import CHOICES, ConfigDict, leaves, resolve
+from maskdit_jax.config import (
+    SECTIONS,
+    ConfigDict,
+    Run,
+    compute_of,
+    defaults,
+    described,
+    leaves,
+    method_of,
+    resolve,
+    shape_of,
+)
 from maskdit_jax.config_file import load
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError
-from maskdit_jax.models.maskdit import PRECISIONS, MaskDiT
+from maskdit_jax.methods import METHODS
+from maskdit_jax.methods.method import Method, Shape
+from maskdit_jax.options import each_option
 from maskdit_jax.training.build import batch_shapes, build
 from maskdit_jax.training.optimizer import make_optimizer
 
@@ -38,6 +53,19 @@ def resolved(name: str, *overrides: str) -> ConfigDict:
 
 OPTIONS = leaves(loaded("base"))
 NUMBERS = [name for name, value in OPTIONS.items() if type(value) in (int, float)]
+
+
+def fields_of(method: str) -> dict[str, dataclasses.Field]:
+    """By its full name, the field that makes an option, of those that a configuration of the method has."""
+    records = {"": Run, "method.": METHODS[method], "sampling.": SamplerOptions}
+    records |= {f"{name}.": record for name, record in SECTIONS.items()}
+    found = {n: f for prefix, record in records.items() for n, f, _ in each_option(record, prefix)}
+    return {name: field for name, field in found.items() if name != "sampling.guidance_interval"}
+
+
+FIELDS = fields_of("maskdit")
+RANGES = {name: field.metadata["range"] for name, field in FIELDS.items()}
+CHOICES = {name: allowed["choices"] for name, allowed in RANGES.items() if allowed["choices"]}
 
 
 @contextlib.contextmanager
@@ -73,7 +101,8 @@ def test_every_file_builds_state_and_step_without_allocating(name):
         state, metrics = jax.eval_shape(step, training.state_shapes, shapes)
         described = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, training.state_shapes)]
         assert described[0] == described[1]
-        assert {"loss", "denoise_loss", "grad_norm"} <= set(metrics)
+        terms = {"denoise_loss"} if config.method.name == "maskdit" else set()
+        assert {"loss", "grad_norm"} | terms <= set(metrics)
         assert {metric.shape for metric in metrics.values()} == {()}
     assert sum(array.nbytes for array in jax.live_arrays()) - held < 1e6
 
@@ -84,8 +113,9 @@ def test_every_recipe_names_its_data(name):
 
 
 def test_size_fills_in_what_is_0():
-    model = resolved("base", "method.network.size=B/4", "method.network.depth=3").model
-    assert (method.network.depth, method.network.hidden_size, method.network.num_heads, method.network.patch_size) == (3, 768, 12, 4)
+    network = resolved("base", "method.network.size=B/4", "method.network.depth=3").method.network
+    numbers = (network.depth, network.hidden_size, network.num_heads, network.patch_size)
+    assert numbers == (3, 768, 12, 4)
 
 
 def test_mesh_data_0_takes_the_devices_that_fsdp_leaves():
@@ -103,9 +133,11 @@ def test_resolving_leaves_the_configuration_as_it_was():
 
 IN_ALL = {
     "method.network.size": "XL/2",
+    "method.name": "maskdit",
     "data.channels": 4,
     "data.num_classes": 1000,
     "method.network.use_decoder": True,
+    "method.network.mask_token": True,
     "method.network.decoder_hidden_size": 512,
     "method.network.decoder_depth": 8,
     "method.network.decoder_num_heads": 16,
@@ -119,6 +151,7 @@ IN_ALL = {
     "data.latent_scale": 0.18215,
     "training.batch_size": 1024,
     "ema.decay": 0.9999,
+    "ema.rule": "constant",
     "optimizer.warmup_kimg": 0,
     "optimizer.b1": 0.9,
     "optimizer.b2": 0.999,
@@ -153,14 +186,51 @@ def test_recipe_is_the_published_one(name):
     values, dtype, visible = RECIPES[name]
     config = resolved(name)
     assert leaves(config) == leaves(config) | IN_ALL | dict(zip(COLUMNS, values, strict=True))
-    assert PRECISIONS[config.compute.precision][0] == dtype
+    assert compute_of(config).dtype == dtype
 
     training, num_tokens = build(config), (config.data.image_size // 2) ** 2
     first_and_last = training.num_keep(0), training.num_keep(config.training.num_steps - 1)
     assert tuple(num_keep / num_tokens for num_keep in first_and_last) == visible
 
 
-# Every option has a reader
+# Every option has words, a range and a reader
+
+
+def test_options_of_a_configuration_are_those_of_the_records():
+    """With their defaults: what is listed, checked and saved is one and the same."""
+    for method in METHODS:
+        options, fields = leaves(defaults(method)), fields_of(method)
+        assert set(options) == {*fields, "method.name"}
+        own = METHODS[method].sampler
+        for name, field in fields.items():
+            section, _, last = name.rpartition(".")
+            default = getattr(own, last) if section == "sampling" else field.default
+            assert options[name] == default and type(options[name]) is type(field.default), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_has_words(method):
+    """And `--list_options` has a line for each, with its value and its words."""
+    fields, lines = fields_of(method), described(defaults(method))
+    assert {name for name, field in fields.items() if not field.metadata.get("help")} == set()
+    listed = {line.partition("=")[0]: line for line in lines}
+    assert set(listed) == {f"--config.{name}" for name in fields}
+    assert all(f.metadata["help"] in listed[f"--config.{name}"] for name, f in fields.items())
+
+
+# The numbers that may be any, and why.
+WITHOUT_RANGE = {"method.P_mean": "the mean of a logarithm"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_has_a_lower_bound(method):
+    """An upper bound of whole numbers is always there: the counters of the training state."""
+    options = leaves(defaults(method))
+    ranges = {name: field.metadata["range"] for name, field in fields_of(method).items()}
+    assert all({"at_least", "above", "at_most", "choices"} == set(allowed) for allowed in ranges.values())
+    numbers = [name for name in ranges if type(options[name]) in (int, float)]
+    unbounded = {n for n in numbers if ranges[n]["at_least"] is None and ranges[n]["above"] is None}
+    assert unbounded <= set(WITHOUT_RANGE)
 
 
 @functools.cache
@@ -174,8 +244,8 @@ def attributes_read() -> set[str]:
     return found
 
 
-# Sections that are handed over whole, as keyword arguments of their readers.
-PASSED_ON = ("model", "optimizer", "sampling")
+# Sections that are handed over whole, as records or as keyword arguments of their readers.
+PASSED_ON = ("method", "optimizer", "sampling")
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name.partition(".")[0] not in PASSED_ON])
@@ -186,17 +256,34 @@ def test_option_has_a_reader(name):
 
 
 def test_options_of_a_section_passed_on_are_its_readers_arguments():
-    """`size` is gone once resolved; `build` takes the first two out and makes the schedule of them."""
+    """`build` takes two of the optimizer out and makes the schedule of them."""
     base = loaded("base")
     schedule = {"learning_rate", "warmup_kimg"}
-    network = set(inspect.signature(MaskDiT.__init__).parameters) - {"self", "rngs", "use_mask_token"}
     adamw = set(inspect.signature(make_optimizer).parameters) - {"learning_rate"}
     sampler = {field.name for field in dataclasses.fields(SamplerOptions)} - {"guidance_interval"}
-    assert set(base.model) - {"size"} == network
     assert set(base.optimizer) - schedule == adamw
     assert set(base.sampling) == sampler
     source = (ROOT / "maskdit_jax" / "training" / "build.py").read_text()
     assert all(f'adamw.pop("{name}")' in source for name in schedule)
+
+
+def read_of_self(record: type, apart: tuple[str, ...] = ()) -> set[str]:
+    """Every `self.a` that the methods of a class read, but for some of its methods."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
+    functions = [x for x in body.body if isinstance(x, ast.FunctionDef) and x.name not in apart]
+    nodes = [node for function in functions for node in ast.walk(function)]
+    return {ast.unparse(x).removeprefix("self.") for x in nodes if isinstance(x, ast.Attribute)}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_options_of_a_method_are_read_by_it_or_are_arguments_of_its_network(method):
+    """`check` does not count; `size` is a name for other numbers."""
+    own = {field.name for field in dataclasses.fields(method)} - {"network"}
+    assert own <= read_of_self(method, apart=("check",))
+    network = {field.name for field in dataclasses.fields(get_type_hints(method)["network"])} - {"size"}
+    built = get_type_hints(method.build)["return"]
+    arguments = set(inspect.signature(built.__init__).parameters) - {"self", "compute", "rngs"}
+    assert arguments == network | set(Shape._fields)
 
 
 def test_every_option_that_is_read_exists():
@@ -206,6 +293,15 @@ def test_every_option_that_is_read_exists():
     options = {(section, option) for section, option in read if not hasattr(ConfigDict, option)}
     assert len(options) > 20
     assert {f"{section}.{option}" for section, option in options} <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_records_of_a_configuration_hold_its_values(method):
+    config = resolve(defaults(method), device_count=8)
+    assert isinstance(method_of(config), Method) and type(method_of(config)) is METHODS[method]
+    assert dataclasses.asdict(method_of(config)) | {"name": method} == config.method.to_dict()
+    assert shape_of(config) == (32, 4, 1000)
+    assert dataclasses.asdict(compute_of(config)) == config.compute.to_dict()
 
 
 # Overrides
@@ -271,7 +367,7 @@ def test_last_override_counts():
         ("training.num_steps=3000000000", ["training.num_steps=3000000000", "2,147,483,647"]),
         ("report.preview_columns=1000000000000", ["report.preview_columns=1000000000000"]),
         ("report.preview_columns=10000", ["report.preview_columns=10000", "100,000 images"]),
-        ("sampling.num_steps=1000000000000", ["sampling.num_steps=1000000000000", "at most"]),
+        ("sampling.num_steps=1000000000000", ["sampling.num_steps=1000000000000", "at most 10,000"]),
         ("sampling.rho=1e-30", ["sampling.rho=1e-30", "7"]),
         ("sampling.rho=1e30", ["sampling.rho=1e+30", "do not fall"]),
         ("sampling.sigma_max=nan", ["sampling.sigma_max=nan"]),
@@ -304,7 +400,7 @@ MAY_BE_0 = """
     method.mask_ratio method.mask_ratio_min method.mask_schedule_steps ema.decay
     optimizer.warmup_kimg optimizer.b1 optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data
     checkpoint.keep_every_steps report.preview_steps
-    sampling.cfg_scale sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
+    sampling.cfg_scale sampling.eta sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
     evaluation.num_samples
 """.split()
 
@@ -324,7 +420,7 @@ def test_zero_is_accepted_where_it_means_something(name):
 @pytest.mark.parametrize(
     "name",
     """method.label_dropout method.mask_ratio method.mask_ratio_min ema.decay
-    optimizer.b1 optimizer.b2""".split(),
+    optimizer.b1 optimizer.b2 sampling.eta""".split(),
 )
 def test_share_above_1_is_an_error(name):
     with user_error(f"{name}=1.5"):
@@ -349,10 +445,10 @@ def test_batch_that_does_not_divide_comes_with_ones_that_do(batch_size, accumula
 def test_mask_that_hides_everything_comes_with_a_ratio_that_does_not(name, image_size, tokens):
     """Either end of a schedule counts."""
     size, schedule = f"data.image_size={image_size}", "method.mask_schedule=linear"
-    with user_error(f"diffusion.{name}=1.0", f"all {tokens} patches") as message:
-        resolved("digits", size, schedule, f"diffusion.{name}=1")
+    with user_error(f"method.{name}=1.0", f"all {tokens} patches") as message:
+        resolved("digits", size, schedule, f"method.{name}=1")
     proposed = message[0].partition("at most ")[2]
-    resolved("digits", size, schedule, f"diffusion.{name}={proposed}")
+    resolved("digits", size, schedule, f"method.{name}={proposed}")
 
 
 # Without ml_collections

@@ -79,7 +79,7 @@ def test_all_checks_of_a_run_pass_and_leave_nothing_behind(diagnose, tmp_path):
     assert {status for status, _ in found.values()} == {"ok"}
     assert "jaxlib " in found["packages"][1]
     assert "backend cpu" in found["devices"][1]
-    assert "1,437 items; latents [128, 8, 8, 1] float32" in found["data"][1]
+    assert "1,437 items; clean [128, 8, 8, 1] float32" in found["data"][1]
     assert f"{tmp_path} can be written to" in found["folder"][1]
     assert "4 checkpoints of 0.014 GB will fit" in found["folder"][1]
     assert printed.endswith(f"all {len(found)} checks passed\n")

@@ -57,7 +57,7 @@ def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
         )
     same_width("model.pos_embed", position_width, hidden_size)
     label_table = "model.y_embedder.embedding_table.weight"
-    network = {
+    network: dict[str, Any] = {
         "hidden_size": hidden_size,
         "depth": read_depth(shapes, "model.blocks."),
         "patch_size": patch_size,

@@ -60,7 +60,7 @@ def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
             f"{width}: expected square patches, a square number of positions and a width that 4 divides"
         )
     half = read_depth(shapes, "encoder.in_blocks.")
-    network = {
+    network: dict[str, Any] = {
         "hidden_size": width,
         # Of one more or fewer there are as many blocks: what was published decides.
         "depth": next((d for d, w, _ in SIZES.values() if (d // 2, w) == (half, width)), 2 * half + 1),
