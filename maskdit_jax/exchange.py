@@ -5,22 +5,17 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
 
-from maskdit_jax.config import SAVED_WITH_WEIGHTS, ConfigDict, network_options, saved_config
-from maskdit_jax.diffusion.solvers import SamplerOptions
+from maskdit_jax.api import other_weights
+from maskdit_jax.config import ConfigDict, compute_of, method_of, sampling_section
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, read_json
-from maskdit_jax.interop.names import (
-    Shapes,
-    from_torch,
-    model_name,
-    read_options,
-    to_torch,
-)
+from maskdit_jax.interop import Layout, layout_of
+from maskdit_jax.interop.tables import Shapes
 from maskdit_jax.interop.torch_io import (
     Tensors,
     as_float32,
@@ -30,17 +25,37 @@ from maskdit_jax.interop.torch_io import (
     write_file,
 )
 from maskdit_jax.log import counted, log
+from maskdit_jax.methods import METHODS
+from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.model_card import WEIGHTS_IN_WORDS, model_card
-from maskdit_jax.models.maskdit import SIZES
+from maskdit_jax.models.compute import Compute
+from maskdit_jax.options import as_section
+from maskdit_jax.sampling import Model
+from maskdit_jax.saved_config import saved_config
 from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints
-from maskdit_jax.training.state import Params, init_params
-
-if TYPE_CHECKING:
-    from maskdit_jax.api import Model
 
 CONFIG, CARD = "config.json", "MODEL_CARD.md"
 # Names of the weights in a .pt file, as the authors' code writes and loads them, and ours.
 PICKLED_SETS = {"model": "params", "ema": "ema"}
+
+
+class _Found(NamedTuple):
+    """What tensors were recognised as: the method's name, the table of names, options of network and data."""
+
+    method: str
+    layout: Layout
+    network: Any
+    data: Shape
+
+    def __str__(self) -> str:
+        side, channels, classes = self.data
+        words = [
+            self.layout.model_name(self.network),
+            f"{side}×{side}×{channels}",
+            counted(classes, "class", "classes") if classes else "unconditional",
+            *self.layout.traits(self.network),
+        ]
+        return ", ".join(words)
 
 
 def import_torch(
@@ -55,16 +70,17 @@ def import_torch(
 ) -> None:
     """Make a folder of the weights in a PyTorch file; `load`, `sample` and `init_from` take it like a run's.
 
-    Names, shapes and the fixed position tables must be exactly those of a MaskDiT, or of its plain
-    DiT; nothing is written otherwise. Every value is kept to the bit. A file without `config.json` of
-    `export_torch` beside it is taken to be a published one: latents, sigma_data 0.5, scale 0.18215.
+    Names, shapes and fixed position tables must be exactly those of a network that maskdit_jax/interop
+    has the names of; nothing is written otherwise. Every value is kept to the bit. A file without
+    `config.json` of `export_torch` beside it is taken to be a published one: the method's defaults, and
+    for a MaskDiT latents of scale 0.18215.
 
     Args:
       source: a .safetensors or .pt file, or the tensors by name, of torch or numpy. {"model": …,
         "ema": …} gives both the raw weights and their EMA; otherwise one set stands for both.
       out_dir: new folder.
-      model, image_size, num_classes: what is expected, such as "MaskDiT-XL/2", 32 (latent pixels),
-        1000; read from the tensors, and compared with these where given.
+      model, image_size, num_classes: what is expected, such as "MaskDiT-XL/2", 32 (of latents, or of
+        images), 1000; read from the tensors, and compared with these where given.
       num_heads, decoder_num_heads: only for sizes that are not published ones, where neither the
         tensors nor a `config.json` tell them.
 
@@ -78,20 +94,21 @@ def import_torch(
     sets = _weight_sets(content, where, beside.get("weights", "ema"))
     places = {name: f"{where} (EMA)" if len(sets) == 2 and name == "ema" else where for name in sets}
     shapes = {name: shapes_of(tensors, places[name], num_bytes) for name, tensors in sets.items()}
-    options = _read_checked_options(next(iter(shapes.values())), where)
-    _compare_with_expected(options, where, model=model, image_size=image_size, num_classes=num_classes)
-    options |= _read_heads(options, where, beside, num_heads, decoder_num_heads)
-    config = _config_of(options, beside, where)
+    found = _recognise(next(iter(shapes.values())), where)
+    _compare_with_expected(found, where, model=model, image_size=image_size, num_classes=num_classes)
+    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+    saved = _config_beside(found, beside, where)
+    found = found._replace(network=_with_heads(found, where, saved, heads))
+    config = _config_of(found, saved, where)
 
-    expected = _expected_shapes(config)
-    for name, found in shapes.items():
-        check_shapes(found, expected, places[name], _describe(options))
+    expected = _expected_shapes(config, found)
+    for name, of_set in shapes.items():
+        check_shapes(of_set, expected, places[name], str(found))
     params = {}
     for name, tensors in sets.items():
         arrays = as_float32(tensors, places[name])
-        params[WEIGHTS[name]] = from_torch(arrays, patch_size=options["patch_size"])
-        half = str(tensors["model.pos_embed"].dtype).endswith("float16")
-        _check_position_tables(arrays, params[WEIGHTS[name]], options, where, 2**-8 if half else 1e-6)
+        _check_fixed(arrays, tensors, found, places[name])
+        params[WEIGHTS[name]] = found.layout.from_torch(arrays, found.network)
 
     step = beside.get("step", 0)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +118,7 @@ def import_torch(
         checkpoints.close()
     count = sum(x.size for x in jax.tree.leaves(next(iter(params.values()))))
     log.info(
-        f"imported {where} to {out_dir}: {_describe(options)}, {count:,} parameters, "
+        f"imported {where} to {out_dir}: {found}, {count:,} parameters, "
         + ("raw weights and EMA" if len(params) == 2 else "one set, for raw weights and EMA")
         + "; no optimizer state: training from it (--config.init_from) starts a fresh optimizer"
     )
@@ -116,10 +133,12 @@ def _read(source: str | Path | Tensors) -> tuple[str, int | None, dict[str, Any]
     return str(source), path.stat().st_size, content, _read_config(path)
 
 
-def _expected_shapes(config: ConfigDict) -> Shapes:
-    sizes = {name: config.model[name] for name in ("image_size", "patch_size")}
-    tensors = jax.eval_shape(lambda: to_torch(init_params(network_options(config), 0), **sizes))
-    return {name: tuple(x.shape) for name, x in tensors.items()}
+def _expected_shapes(config: ConfigDict, found: _Found) -> Shapes:
+    def tensors():
+        params = init_params(method_of(config), found.data, compute_of(config), 0)
+        return found.layout.to_torch(params, found.network, found.data)
+
+    return {name: tuple(x.shape) for name, x in jax.eval_shape(tensors).items()}
 
 
 def _weight_sets(content: Mapping[str, Any], where: str, single: str) -> dict[str, Tensors]:
@@ -138,83 +157,81 @@ def _weight_sets(content: Mapping[str, Any], where: str, single: str) -> dict[st
     return {single: content}
 
 
-def _read_checked_options(shapes: Shapes, where: str) -> dict[str, Any]:
+def _recognise(shapes: Shapes, where: str) -> _Found:
+    """The network whose tensors have these shapes, its heads as far as its size tells them."""
+    some = f"it has {', '.join(shown(name) for name in list(shapes)[:3])}, …"
+    layouts = {name: layout for name in METHODS if (layout := layout_of(name)) is not None}
+    name = next((name for name, layout in layouts.items() if layout.recognises(shapes)), None)
+    if name is None:
+        families = " or ".join(layout.FAMILY for layout in layouts.values())
+        missing = " and no ".join(layout.PATCH_MAP for layout in layouts.values())
+        raise UserError(f"{where} is no {families}: it has no {missing}; {some}")
+    layout = layouts[name]
     try:
-        return read_options(shapes)
+        options = layout.read_options(shapes)
     except KeyError as error:
-        some = ", ".join(shown(name) for name in list(shapes)[:3])
-        raise UserError(f"{where} is no MaskDiT: it has no {error.args[0]}; it has {some}, …") from None
+        raise UserError(f"{where} is no {layout.FAMILY}: it has no {error.args[0]}; {some}") from None
     except ValueError as error:
-        raise UserError(f"{where} is no MaskDiT: {error}") from None
+        raise UserError(f"{where} is no {layout.FAMILY}: {error}") from None
+    network = get_type_hints(METHODS[name])["network"]
+    return _Found(name, layout, network(**options["network"]), Shape(**options["data"]))
 
 
-def _compare_with_expected(options: dict[str, Any], where: str, **expected: Any) -> None:
-    found = options | {"model": model_name(options)}
+def _compare_with_expected(found: _Found, where: str, **expected: Any) -> None:
+    values = found.data._asdict() | {"model": found.layout.model_name(found.network)}
     differences = [
-        f"{name}={value} expected, {found[name]} found"
+        f"{name}={value} expected, {values[name]} found"
         for name, value in expected.items()
-        if value is not None and value != found[name]
+        if value is not None and value != values[name]
     ]
     if differences:
         raise UserError(f"{where}: {'; '.join(differences)}")
 
 
-def _read_heads(
-    options: dict[str, Any],
-    where: str,
-    beside: dict[str, Any],
-    num_heads: int | None,
-    decoder_num_heads: int | None,
-) -> dict[str, int]:
-    """Heads of encoder and decoder: those given, of the config.json, or of the published sizes."""
-    published = {(depth, width): heads for depth, width, heads in SIZES.values()}
-    known = beside.get("model", {})
-    heads = num_heads or known.get("num_heads") or published.get((options["depth"], options["hidden_size"]))
-    decoder_width = options.get("decoder_hidden_size", 512)
-    decoder_heads = (
-        decoder_num_heads or known.get("decoder_num_heads") or (16 if decoder_width == 512 else None)
-    )
-    found: dict[str, int] = {}
-    for name, value, width in (
-        ("num_heads", heads, options["hidden_size"]),
-        ("decoder_num_heads", decoder_heads, decoder_width),
-    ):
-        if value is None:
+def _config_beside(found: _Found, beside: dict[str, Any], where: str) -> dict[str, Any]:
+    """Sections of the config.json beside a file, empty where there is none."""
+    sections = beside.get("config", {"method": {"network": {}}, "data": {}, "sampling": {}})
+    name = sections["method"].get("name", found.method)
+    if name != found.method:
+        raise UserError(
+            f"{where} is a {found.layout.FAMILY}, but the {CONFIG} beside it says method.name={name}: mend "
+            "it or move it away"
+        )
+    return sections
+
+
+def _with_heads(found: _Found, where: str, saved: dict[str, Any], given: dict[str, int | None]) -> Any:
+    """The network with its heads: those given, of the config.json, or of the published sizes."""
+    published = found.layout.heads(found.network)
+    values = {}
+    for name, number in given.items():
+        if name not in published and number is not None:
+            raise UserError(f"{where}: {name}={number}: {found} has no such heads")
+    for name, (usual, width) in published.items():
+        value = given.get(name) or saved["method"]["network"].get(name) or usual
+        if not value:
             raise UserError(
-                f"{where}: {_describe(options)} is no published size, and tensors do not tell {name}: give "
-                f"{name}, or put the {CONFIG} of its export beside the file"
+                f"{where}: {found} is no published size, and tensors do not tell {name}: give {name}, or put "
+                f"the {CONFIG} of its export beside the file"
             )
         if not isinstance(value, int) or value < 1 or width % value:
             raise UserError(f"{where}: {name}={value} does not divide the width {width}")
-        found[name] = value
-    return found
+        values[name] = value
+    return dataclasses.replace(found.network, **values)
 
 
-def _config_of(options: dict[str, Any], beside: dict[str, Any], where: str) -> ConfigDict:
+def _config_of(found: _Found, saved: dict[str, Any], where: str) -> ConfigDict:
     """The part of a run's configuration that its weights need to be used."""
-    options = dict(options)
-    has_mask_token = options.pop("use_mask_token")
-    sampling = dataclasses.asdict(SamplerOptions())
-    del sampling["guidance_interval"]
+    kind, layout = METHODS[found.method], found.layout
+    options = as_section(kind(network=found.network, **layout.method_options(found.network)))
+    options |= {name: value for name, value in saved["method"].items() if name != "network"}
+    data = {name: saved["data"][name] for name in layout.PUBLISHED_DATA if name in saved["data"]}
     sections = {
-        "model": {
-            "size": model_name(options).partition("-")[2] or "custom",
-            "decoder_hidden_size": 512,
-            "decoder_depth": 8,
-            **options,
-            # Parity first; `load` and `sample` take another precision.
-            "precision": "float32",
-            "remat": "none",
-            "unroll": "auto",
-        },
-        # mae_coef decides whether there is a mask token.
-        "diffusion": {
-            "sigma_data": 0.5,
-            "mae_coef": 0.1 if has_mask_token else 0.0,
-            **beside.get("diffusion", {}),
-        },
-        "data": {"space": "latents", "latent_scale": 0.18215, **beside.get("data", {})},
-        "sampling": sampling | beside.get("sampling", {}),
+        "method": {"name": found.method} | options,
+        "data": found.data._asdict() | layout.PUBLISHED_DATA | data,
+        # Parity first; `load` and `sample` take another precision.
+        "compute": as_section(Compute(precision="float32")),
+        "sampling": sampling_section(kind.sampler) | saved["sampling"],
     }
     try:
         return saved_config(sections)
@@ -222,22 +239,11 @@ def _config_of(options: dict[str, Any], beside: dict[str, Any], where: str) -> C
         raise UserError(f"{where}: {error}") from None
 
 
-def _describe(options: dict[str, Any]) -> str:
-    side, classes = options["image_size"], options["num_classes"]
-    return (
-        f"{model_name(options)}, {side}×{side}×{options['channels']}, "
-        f"{counted(classes, 'class', 'classes') if classes else 'unconditional'}, "
-        f"{'with' if options['use_mask_token'] else 'without'} mask token"
-    )
-
-
-def _check_position_tables(
-    arrays: dict[str, np.ndarray], params: Params, options: dict[str, Any], where: str, tolerance: float
-) -> None:
-    """The tables are not kept, so those in the file must be the ones the network computes."""
-    tables = to_torch(params, image_size=options["image_size"], patch_size=options["patch_size"])
-    for key in (key for key in tables if key.endswith("pos_embed")):
-        error = np.abs(arrays[key] - tables[key]).max()
+def _check_fixed(arrays: dict[str, np.ndarray], tensors: Tensors, found: _Found, where: str) -> None:
+    """Tables that are no parameters are not kept, so those in the file must be what the network computes."""
+    for key, table in found.layout.fixed_tensors(found.network, found.data).items():
+        tolerance = 2**-8 if str(tensors[key].dtype).endswith("float16") else 1e-6
+        error = np.abs(arrays[key] - table).max()
         if not error <= tolerance:
             raise UserError(
                 f"{where}: {key} is not the fixed sine-cosine table: it differs by up to {error:.3g}; "
@@ -262,12 +268,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = saved_config(content.get("config"))
     except UserError as error:
         raise UserError(f"{file} is damaged: {error}: mend it or move it away") from None
-    sections = SAVED_WITH_WEIGHTS | {"model": dict.fromkeys(("num_heads", "decoder_num_heads"), int)}
-    found = {section: {name: config[section][name] for name in names} for section, names in sections.items()}
-    return found | {"step": step, "weights": weights if weights in tuple(WEIGHTS) else "ema"}
+    weights = weights if weights in tuple(WEIGHTS) else "ema"
+    return {"config": config.to_dict(), "step": step, "weights": weights}
 
 
-def export_torch(model: "Model", path: str | Path) -> None:
+def export_torch(model: Model, path: str | Path) -> None:
     """Write a model's weights for PyTorch, with a `MODEL_CARD.md` and a `config.json` beside them.
 
     A .safetensors file holds the weights of `model`; a .pt file both the raw weights ("model") and
@@ -275,24 +280,31 @@ def export_torch(model: "Model", path: str | Path) -> None:
     the architecture under the authors' names. What was written is read back and compared.
 
     Raises:
-      UserError: unknown format, a file is in the way, or the run's step is no longer there.
+      UserError: unknown format, a file is in the way, the run's step is no longer there, or the names of
+        the method's tensors are not known.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
         raise UserError(f"{path}: expected a name that ends with .safetensors or .pt")
     if model.origin is None:
         raise UserError("this model was not loaded from a folder: export needs to know its step and weights")
+    name = model.config.method.name
+    layout = layout_of(name)
+    if layout is None:
+        raise UserError(
+            f"method {name} has no table of PyTorch names in maskdit_jax/interop: nothing is exported"
+        )
     for file in (path, path.parent / CONFIG, path.parent / CARD):
         if file.exists():
             raise UserError(f"{file} exists already: an export needs a folder of its own, or remove it")
     if path.suffix == ".pt":
-        sets = {name: _tensors(model.with_weights(ours)) for name, ours in PICKLED_SETS.items()}
+        sets = {name: _tensors(other_weights(model, ours), layout) for name, ours in PICKLED_SETS.items()}
     else:
-        sets = {model.origin.weights: _tensors(model)}
+        sets = {model.origin.weights: _tensors(model, layout)}
     about = {
         "file": path.name,
         "format": "maskdit_jax",
-        "model": model_name(model.config.model),
+        "model": layout.model_name(model.method.network),
         "weights": model.origin.weights if len(sets) == 1 else "both",
         "step": model.origin.step,
         "config": model.config.to_dict(),
@@ -301,7 +313,7 @@ def export_torch(model: "Model", path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         card, config = (stack.enter_context(appears_whole(path.parent / name)) for name in (CARD, CONFIG))
-        card.write_text(model_card(about, tensors))
+        card.write_text(model_card(about, tensors, model, layout))
         config.write_text(json.dumps(about, indent=1))
         write_file(path, sets)
     weights = WEIGHTS_IN_WORDS[about["weights"]]
@@ -311,6 +323,5 @@ def export_torch(model: "Model", path: str | Path) -> None:
     )
 
 
-def _tensors(model: "Model") -> dict[str, np.ndarray]:
-    m = model.config.model
-    return to_torch(jax.device_get(model.params), image_size=m.image_size, patch_size=m.patch_size)
+def _tensors(model: Model, layout: Layout) -> dict[str, np.ndarray]:
+    return layout.to_torch(jax.device_get(model.params), model.method.network, model.shape)

@@ -83,7 +83,9 @@ def is_a(value: Any, kind: type) -> bool:
     """Whether a value, of a file perhaps, is one of an option of type `kind`; no truth value is a number."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+    # Of numpy's numbers too.
+    kinds: dict[type, type] = {int: Integral, float: Real}
+    return isinstance(value, kinds.get(kind, kind))
 
 
 def as_section(record: Any) -> dict[str, Any]:

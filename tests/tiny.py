@@ -30,7 +30,14 @@ NETWORK = {
     "decoder_depth": 1,
     "decoder_num_heads": 2,
 }
-TINY = {f"method.network.{name}": value for name, value in NETWORK.items()} | {
+# What makes each method tiny; and the recipes that stand for it where a test is for all methods.
+OF_METHOD = {
+    "maskdit": {f"method.network.{name}": value for name, value in NETWORK.items()}
+    | {"sampling.solver": "euler"},
+    "maskdm": {"method.network.hidden_size": 64, "method.network.depth": 3, "method.network.num_heads": 4},
+}
+RECIPES = ("digits", "digits_maskdm_pretrain")
+TINY = {
     "compute.unroll": "none",
     "training.num_steps": NUM_STEPS,
     "training.batch_size": BATCH_SIZE,
@@ -43,7 +50,6 @@ TINY = {f"method.network.{name}": value for name, value in NETWORK.items()} | {
     "report.preview_steps": 0,
     "report.preview_columns": 2,
     "sampling.num_steps": 2,
-    "sampling.solver": "euler",
     "evaluation.num_samples": 0,
 }
 # What the finished run of conftest.py has besides.
@@ -52,13 +58,16 @@ REPORTED = {"report.tensorboard": "true", "report.preview_steps": 4, "evaluation
 
 def tiny_flags(options: dict | None = None, config: str = "digits") -> list[str]:
     """Flags of a command that name a recipe and make it tiny, but for `options`."""
-    overrides = [f"--config.{name}={value}" for name, value in (TINY | (options or {})).items()]
-    return [f"--config={ROOT / 'configs' / config}.py", *overrides]
+    file = ROOT / "configs" / f"{config}.py"
+    tiny = TINY | OF_METHOD[load(str(file)).method.name] | (options or {})
+    return [f"--config={file}", *(f"--config.{name}={value}" for name, value in tiny.items())]
 
 
-def tiny_config(options: dict | None = None, devices: int | None = None) -> ConfigDict:
-    """The tiny digits configuration, resolved; by default for all devices."""
-    file, *overrides = tiny_flags(options)
+def tiny_config(
+    options: dict | None = None, devices: int | None = None, config: str = "digits"
+) -> ConfigDict:
+    """A tiny recipe, by default that of the digits, resolved; by default for all devices."""
+    file, *overrides = tiny_flags(options, config)
     return resolve(load(file.partition("=")[2], overrides), device_count=devices or jax.device_count())
 
 

@@ -2,8 +2,8 @@
 
 import functools
 import re
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -138,14 +138,44 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     return images, digits.target.astype(np.int32)
 
 
+class Augmentation(NamedTuple):
+    """What `folder:` and `tfds:` do to an image, at random: the options `flip` and `max_zoom`."""
+
+    seed: int
+    flip: bool
+    max_zoom: float
+
+
+def _digits(name: str, wanted: Shape, augmentation: Augmentation) -> Source:
+    return Digits("train", *parse_digits(name))
+
+
+def _latents(name: str, wanted: Shape, augmentation: Augmentation) -> Source:
+    return LatentShards(name.partition(":")[2])
+
+
+def _images(name: str, wanted: Shape, augmentation: Augmentation) -> Source:
+    return Pixels(open_image_set(name), image_size=wanted.image_size, **augmentation._asdict())
+
+
+class Kind(NamedTuple):
+    """A kind of source: how its names look, what it gives, and open(name, wanted shape, augmentation)."""
+
+    looks: str
+    gives: str
+    open: Callable[[str, Shape, Augmentation], Source]
+
+
+SOURCES = {
+    "digits": Kind("digits[:FIRST-LAST[:COUNT]]", "pixels", _digits),
+    "latents": Kind("latents:FOLDER", "latents", _latents),
+    "folder": Kind("folder:PATH", "pixels", _images),
+    "tfds": Kind("tfds:NAME", "pixels", _images),
+}
+
+
 def open_source(
-    name: str,
-    wanted: Shape,
-    *,
-    space: str,
-    seed: int = 0,
-    flip: bool = False,
-    max_zoom: float = 1.0,
+    name: str, wanted: Shape, *, space: str, seed: int = 0, flip: bool = False, max_zoom: float = 1.0
 ) -> Source:
     """Training split of the source of that name; its shape must be the one that is wanted.
 
@@ -156,25 +186,15 @@ def open_source(
     Raises:
       UserError: unknown name, missing or damaged data, or another shape than what is wanted.
     """
-    kind, _, path = name.partition(":")
-    source: Source
-    if kind == "digits":
-        classes, count = parse_digits(name)
-        source = Digits("train", classes, count)
-    elif kind == "latents":
-        source = LatentShards(path)
-    elif kind in ("folder", "tfds"):
-        images = open_image_set(name)
-        source = Pixels(images, image_size=wanted.image_size, seed=seed, flip=flip, max_zoom=max_zoom)
-    else:
-        raise UserError(
-            f"data.source={name!r} is unknown; known: digits, digits:FIRST-LAST:COUNT, latents:FOLDER, "
-            "folder:PATH, tfds:NAME"
-        )
-    gives = "latents" if kind == "latents" else "pixels"
-    if gives != space:
-        how = "encode them first: tools/encode_latents.py" if gives == "pixels" else "set data.space=latents"
-        raise UserError(f"data.source={name!r} gives {gives}, but data.space={space!r}; {how}")
+    kind = SOURCES.get(name.partition(":")[0])
+    if kind is None:
+        looks = ", ".join(kind.looks for kind in SOURCES.values())
+        raise UserError(f"data.source={name!r} is unknown; known: {looks}")
+    source = kind.open(name, wanted, Augmentation(seed, flip, max_zoom))
+    if kind.gives != space:
+        latents = kind.gives == "latents"
+        how = "set data.space=latents" if latents else "encode them first: tools/encode_latents.py"
+        raise UserError(f"data.source={name!r} gives {kind.gives}, but data.space={space!r}; {how}")
     wanted = wanted._replace(num_classes=wanted.num_classes or source.shape.num_classes)
     if source.shape != wanted:
         differences = [

@@ -245,6 +245,7 @@ def _is_number(value: object) -> bool:
 def noise_grid(options: SamplerOptions, levels: np.ndarray | None = None) -> np.ndarray:
     """Noise levels [num_steps + 1] of checked options; levels [T]: those of the method's timesteps."""
     if options.grid == "timesteps":
+        assert levels is not None  # `check` has refused it
         return timestep_grid(options.num_steps, levels)
     return sigma_grid(options.num_steps, options.sigma_min, options.sigma_max, options.rho)
 

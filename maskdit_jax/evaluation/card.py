@@ -14,7 +14,7 @@ from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits, parse_digits
 from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance, nearest_distance
+from maskdit_jax.evaluation.metrics import METRICS, FeatureSets
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
 from maskdit_jax.sampling import Model
@@ -89,14 +89,10 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
     every, seen = Digits("train"), Digits("train", classes, count)
     real, held_out = Digits("train", classes), Digits("held_out", classes)
     classifier = SVC().fit(_features(every.images), every.labels)
-    reference = feature_statistics(_features(held_out.images))
+    sets = FeatureSets(_features(held_out.images), _features(seen.images))
 
     def measure(images: np.ndarray) -> dict[str, float]:
-        features = _features(images)
-        return {
-            "frechet_distance": frechet_distance(*feature_statistics(features), *reference),
-            "nearest_training_image": nearest_distance(features, _features(seen.images)),
-        }
+        return {name: metric(_features(images), sets) for name, metric in METRICS.items()}
 
     seeds, labels = np.arange(num_samples), np.resize(seen.labels, num_samples)
     guided_scale, results = model.sampler_options().cfg_scale, {}

@@ -1,6 +1,16 @@
-"""Distances between sets of features."""
+"""Distances between sets of features; METRICS lists those of the card."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+
+
+class FeatureSets(NamedTuple):
+    """What samples are compared with, [n, D] each: held-out real images, and those of the training."""
+
+    held_out: np.ndarray
+    training: np.ndarray
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,3 +38,11 @@ def nearest_distance(features: np.ndarray, others: np.ndarray) -> float:
     a, b = np.asarray(features, np.float64), np.asarray(others, np.float64)
     squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
     return float(np.sqrt(np.clip(squared.min(axis=1), 0, None)).mean())
+
+
+METRICS: dict[str, Callable[[np.ndarray, FeatureSets], float]] = {
+    "frechet_distance": lambda x, sets: frechet_distance(
+        *feature_statistics(x), *feature_statistics(sets.held_out)
+    ),
+    "nearest_training_image": lambda x, sets: nearest_distance(x, sets.training),
+}

@@ -14,10 +14,15 @@ from maskdit_jax.interop.tables import Shapes
 class Layout(Protocol):
     """What a family's module offers. `network` is the record of options of the method's network.
 
-    FAMILY: its name, for messages. PUBLISHED_DATA: `space` and `latent_scale` of a file that does not say.
+    FAMILY: its name, for messages. PAPER: its address. PATCH_MAP: a tensor that every such network has.
+    TORCH_NETWORK: what in PyTorch has these names, for the model card. PUBLISHED_DATA: `space` and
+    `latent_scale` of a file that does not say.
     """
 
     FAMILY: str
+    PAPER: str
+    PATCH_MAP: str
+    TORCH_NETWORK: str
     PUBLISHED_DATA: dict[str, Any]
 
     def recognises(self, shapes: Shapes) -> bool:
@@ -56,8 +61,11 @@ class Layout(Protocol):
     def model_name(self, network: Any) -> str:
         """Such as "MaskDiT-XL/2"; for other sizes the numbers in words."""
 
-    def describe(self, network: Any) -> dict[str, str]:
-        """Rows of the model card, by name: how the network is built."""
+    def traits(self, network: Any) -> list[str]:
+        """What that name does not say of the network."""
+
+    def describe(self, method: Any, data: Any) -> dict[str, str]:
+        """Rows of the model card, by name: how the network of a method is built and called."""
 
 
 def layout_of(method_name: str) -> Layout | None:

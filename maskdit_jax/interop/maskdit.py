@@ -10,7 +10,9 @@ from maskdit_jax.models.embed import position_table
 from maskdit_jax.models.maskdit import PATCH_SIZES, SIZES
 from maskdit_jax.models.sizes import size_name
 
-FAMILY = "MaskDiT"
+FAMILY, PAPER = "MaskDiT", "https://arxiv.org/abs/2306.09305"
+PATCH_MAP = "model.x_embedder.proj.weight"
+TORCH_NETWORK = "the preconditioned network of the architecture above"
 PUBLISHED_DATA = {"space": "latents", "latent_scale": 0.18215}
 PUBLISHED_DECODER = (512, 16)  # width and heads, at every size
 _BLOCK = [
@@ -44,7 +46,7 @@ def recognises(shapes: Shapes) -> bool:
 
 def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
     """Options of the network and its data, all but its numbers of heads; see `Layout`."""
-    hidden_size, channels, patch_size, other_side = dimensions(shapes, "model.x_embedder.proj.weight", 4)
+    hidden_size, channels, patch_size, other_side = dimensions(shapes, PATCH_MAP, 4)
     _, num_tokens, position_width = dimensions(shapes, "model.pos_embed", 3)
     grid = math.isqrt(num_tokens)
     if patch_size != other_side or grid**2 != num_tokens or not grid or hidden_size % 4:
@@ -55,7 +57,7 @@ def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
         )
     same_width("model.pos_embed", position_width, hidden_size)
     label_table = "model.y_embedder.embedding_table.weight"
-    network = {
+    network: dict[str, Any] = {
         "hidden_size": hidden_size,
         "depth": read_depth(shapes, "model.blocks."),
         "patch_size": patch_size,
@@ -120,14 +122,23 @@ def model_name(network: Any) -> str:
     return f"{family} of {counted(network.depth, 'block')} of width {network.hidden_size}"
 
 
-def describe(network: Any) -> dict[str, str]:
-    """Rows of the model card: encoder and decoder."""
-    n = network
+def traits(network: Any) -> list[str]:
+    """Whether it has a mask token."""
+    return [f"{'with' if network.mask_token else 'without'} mask token"]
+
+
+def describe(method: Any, data: Any) -> dict[str, str]:
+    """Rows of the model card: encoder, decoder, classes, preconditioning."""
+    n, classes = method.network, data.num_classes
     decoder = (
-        f"{n.decoder_depth} blocks of width {n.decoder_hidden_size}, {n.decoder_num_heads} heads, "
-        f"{'with' if n.mask_token else 'without'} mask token"
+        f"{counted(n.decoder_depth, 'block')} of width {n.decoder_hidden_size}, {n.decoder_num_heads} heads, "
+        f"{traits(n)[0]}"
     )
     return {
-        "Encoder": f"{n.depth} blocks of width {n.hidden_size}, {n.num_heads} heads",
+        "Encoder": f"{counted(n.depth, 'block')} of width {n.hidden_size}, {n.num_heads} heads",
         "Decoder": decoder if n.use_decoder else "none",
+        "Classes": f"{classes}, as one-hot vectors; no class is the zero vector"
+        if classes
+        else "unconditional",
+        "Preconditioning": f"EDM, sigma_data = {method.sigma_data:g}",
     }

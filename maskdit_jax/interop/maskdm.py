@@ -10,7 +10,9 @@ from maskdit_jax.interop.tables import Shapes, dimensions, find, named_size, pla
 from maskdit_jax.models.sizes import size_name
 from maskdit_jax.models.uvit import PATCH_SIZES, SIZES
 
-FAMILY = "MaskDM"
+FAMILY, PAPER = "MaskDM", "https://arxiv.org/abs/2306.11363"
+PATCH_MAP = "encoder.patch_embed.proj.weight"
+TORCH_NETWORK = "the network of the architecture above"
 PUBLISHED_DATA = {"space": "pixels", "latent_scale": 1.0}
 _BLOCK = [
     ("norm1", "norm1", "norm"),
@@ -48,7 +50,7 @@ def recognises(shapes: Shapes) -> bool:
 
 def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
     """Options of the network and its data, all but its number of heads; see `Layout`."""
-    width, channels, patch_size, other_side = dimensions(shapes, "encoder.patch_embed.proj.weight", 4)
+    width, channels, patch_size, other_side = dimensions(shapes, PATCH_MAP, 4)
     has_labels = "encoder.label_emb.weight" in shapes
     num_tokens = dimensions(shapes, POSITIONS, 3)[1] - (2 if has_labels else 1)
     grid = math.isqrt(max(num_tokens, 0))
@@ -58,7 +60,7 @@ def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
             f"{width}: expected square patches, a square number of positions and a width that 4 divides"
         )
     half = read_depth(shapes, "encoder.in_blocks.")
-    network = {
+    network: dict[str, Any] = {
         "hidden_size": width,
         # Of one more or fewer there are as many blocks: what was published decides.
         "depth": next((d for d, w, _ in SIZES.values() if (d // 2, w) == (half, width)), 2 * half + 1),
@@ -121,12 +123,22 @@ def model_name(network: Any) -> str:
     return f"{FAMILY} of {2 * (network.depth // 2) + 1} blocks of width {network.hidden_size}"
 
 
-def describe(network: Any) -> dict[str, str]:
-    """Rows of the model card: blocks, and how time enters."""
-    n = network
+def traits(network: Any) -> list[str]:
+    """What few such networks have."""
+    biased = ["biased queries and values"] if network.qkv_bias else []
+    return biased + (["time through an MLP"] if network.time_mlp else [])
+
+
+def describe(method: Any, data: Any) -> dict[str, str]:
+    """Rows of the model card: blocks, how time and classes enter, what is predicted."""
+    n, classes = method.network, data.num_classes
     half = n.depth // 2
     return {
-        "Blocks": f"{half} + 1 + {half} with long skips, width {n.hidden_size}, {n.num_heads} heads, "
-        f"MLP {n.mlp_ratio:g} times as wide, queries and values {'with' if n.qkv_bias else 'without'} bias",
-        "Time": "its sinusoid through an MLP, as a token" if n.time_mlp else "its sinusoid, as a token",
+        "Blocks": f"{half} + 1 + {half} with long skips, width {n.hidden_size}, {n.num_heads} heads, MLP "
+        + ", ".join([f"{n.mlp_ratio:g} times as wide", *traits(n)]),
+        "Time": "a token in front of the patches: its integer's sinusoid",
+        "Classes": f"{classes}, one token in front of the time; no class is a learned token"
+        if classes
+        else "unconditional",
+        "Prediction": "the noise in a DDPM's image at an integer time; config.json says which times",
     }

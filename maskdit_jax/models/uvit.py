@@ -79,7 +79,7 @@ class SkipBlock(PlainBlock):
         super().__init__(width, num_heads, dtype=dtype, rngs=rngs, **options)
         self.skip = Linear(2 * width, width, kernel_init=truncated_normal, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, earlier: jax.Array) -> jax.Array:  # type: ignore[override] # one more
         joined = self.skip(jnp.concatenate([x, earlier], axis=-1))
         return super().__call__(checkpoint_name(joined, "residual"))
 

@@ -1,0 +1,126 @@
+"""Starting from other weights: which of them, and what is made anew or interpolated, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import refusal, restored, tiny_flags
+
+from maskdit_jax import main
+from maskdit_jax.config_file import load
+from maskdit_jax.training.init_from import adapt
+
+# A MaskDiT on latents, as the recipes of ImageNet configure it, cut down to the digits.
+SMALL_IN256 = {
+    "data.source": "digits",
+    "data.space": "pixels",
+    "data.image_size": 8,
+    "data.channels": 1,
+    "data.num_classes": 10,
+    "method.network.size": "custom",
+    "method.network.patch_size": 2,
+    "method.sigma_data": 0.75,
+    "compute.precision": "float32",
+    "report.preview_rows": 2,
+}
+SMALL_UVIT = {
+    "method.network.size": "custom",
+    "method.network.hidden_size": 32,
+    "method.network.depth": 3,
+    "method.network.num_heads": 2,
+    "method.network.patch_size": 2,
+    "report.preview_rows": 2,
+    "training.num_steps": 2,
+}
+
+
+def run(workdir, config, options):
+    main.main([f"--workdir={workdir}", *tiny_flags(options, config)])
+    return restored(workdir)[0]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A finished masked run of the ImageNet recipe, cut down."""
+    workdir = tmp_path_factory.mktemp("in256") / "run"
+    run(workdir, "in256", SMALL_IN256 | {"training.num_steps": 3})
+    return workdir
+
+
+@pytest.mark.parametrize("chosen", ["both", "params", "ema"])
+def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_path, chosen):
+    """The weight of a loss decides no parameter; the sets of weights are those that were chosen."""
+    old = restored(pretrained)[0]
+    options = SMALL_IN256 | {
+        "init_from": str(pretrained),
+        "init_weights": chosen,
+        "method.mae_coef": 0,
+        "training.num_steps": 1,
+        "optimizer.learning_rate": 1e-30,  # the update is lost to rounding: what it started from is there
+        "ema.decay": 1.0,
+    }
+    new = run(tmp_path / "tuned", "in256_tune", options)
+    params, ema = {
+        "both": (old.params, old.ema["ema"]),
+        "params": (old.params, old.params),
+        "ema": (old.ema["ema"], old.ema["ema"]),
+    }[chosen]
+    jax.tree.map(np.testing.assert_array_equal, new.params, params)
+    jax.tree.map(np.testing.assert_array_equal, new.ema["ema"], ema)
+
+
+def test_another_network_is_refused_by_the_name_of_the_option(pretrained, tmp_path, capsys):
+    options = SMALL_IN256 | {"init_from": str(pretrained), "method.network.depth": 3}
+    flags = [f"--workdir={tmp_path / 'tuned'}", *tiny_flags(options, "in256_tune")]
+    line = refusal(capsys, main.main, flags)
+    assert f"the model differs from the one in {pretrained}: method.network.depth=3 here, 2 there" in line
+    options = SMALL_UVIT | {"init_from": str(pretrained)}
+    flags = [f"--workdir={tmp_path / 'tuned'}", *tiny_flags(options, "digits_maskdm_finetune")]
+    assert "method.name=maskdm here, maskdit there" in refusal(capsys, main.main, flags)
+
+
+def image_folder(folder, classes):
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(3):
+            pixels = np.random.default_rng([label, number]).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
+    return {"data.source": f"folder:{folder}", "data.channels": 3, "data.num_classes": classes}
+
+
+def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, messages, caplog):
+    """Masked pre-training of MaskDM; then whole images, twice as large, of three classes instead of two."""
+    small = SMALL_UVIT | image_folder(tmp_path / "two", 2) | {"data.image_size": 8}
+    old = run(tmp_path / "pretrained", "digits_maskdm_pretrain", small).params
+    large = SMALL_UVIT | image_folder(tmp_path / "three", 3) | {"data.image_size": 16}
+    large |= {"init_from": str(tmp_path / "pretrained"), "optimizer.learning_rate": 1e-30}
+    large |= {"optimizer.weight_decay": 0, "optimizer.warmup_kimg": 0}
+    new = run(tmp_path / "tuned", "digits_maskdm_finetune", large).params
+    assert "init_from: positions.table is interpolated from 4×4 to 8×8 patches" in caplog.text
+    assert "init_from: label_embedding.table [3, 32] is made anew: the classes are others" in caplog.text
+    assert "raw weights, from which the EMA starts too, from step 2" in caplog.text
+    assert new["positions"]["table"].shape == (64, 32)
+    assert old["positions"].pop("table").shape == (16, 32)
+    assert new["label_embedding"].pop("table").shape == (3, 32)
+    del old["label_embedding"]["table"], new["positions"]["table"]
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+def test_interpolated_positions_keep_a_linear_table_linear_and_classes_may_go():
+    ramp = jnp.arange(4.0)[:, None] + 10 * jnp.arange(4.0)[None]  # [row, column]
+    saved = {"positions": {"table": ramp.reshape(16, 1)}, "label_embedding": {"table": jnp.ones((2, 1))}}
+    notes: list[str] = []
+    adapted = adapt(saved, {"positions": {"table": jnp.zeros((64, 1))}}, notes)
+    table = np.asarray(adapted["positions"]["table"]).reshape(8, 8)
+    inner = table[2:-2, 2:-2]  # the border is extrapolated
+    np.testing.assert_allclose(np.diff(inner, axis=0), 0.5, atol=1e-5)
+    np.testing.assert_allclose(np.diff(inner, axis=1), 5, atol=1e-5)
+    np.testing.assert_allclose(inner.mean(), ramp.mean(), atol=1e-5)
+    assert "label_embedding is left out: this run is unconditional" in notes[-1]
+
+
+def test_recipes_of_fine_tuning_start_from_raw_weights_and_hide_nothing():
+    for name in ("celebahq256_finetune", "celeba64_finetune", "transfer_small", "digits_maskdm_finetune"):
+        config = load(f"configs/{name}.py")
+        assert (config.init_weights, config.method.mask_type) == ("params", "none"), name
