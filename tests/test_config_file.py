@@ -111,7 +111,12 @@ CASES = [  # what is wrong, the file, what the line must say
         "method.name='maskdot' is unknown",
         "known: maskdit",
     ),
-    ("another name of the method", body("config.method.name = 'maskdot'"), "method.name='maskdot'", "maskdit"),
+    (
+        "another name of the method",
+        body("config.method.name = 'maskdot'"),
+        "method.name='maskdot'",
+        "maskdit",
+    ),
     ("option of a layout before methods", body("config.model.depth = 3"), "line 6", "'model'", "method"),
     ("a number of 5,000 digits", body("config.seed = 10**5000"), "seed=", "a huge number", "4,294,967,295"),
     ("float beyond all", body("config.optimizer.eps = 1e-8 + 10**5000"), "OverflowError"),
