@@ -40,6 +40,11 @@ def run(workdir, config, options):
     return restored(workdir)[0]
 
 
+def assert_the_same(new, old):
+    """But for zeros, which an update of 1e-30 moves."""
+    np.testing.assert_allclose(new, old, rtol=0, atol=1e-20)
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A finished masked run of the ImageNet recipe, cut down."""
@@ -57,7 +62,7 @@ def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_
         "init_weights": chosen,
         "method.mae_coef": 0,
         "training.num_steps": 1,
-        "optimizer.learning_rate": 1e-30,  # the update is lost to rounding: what it started from is there
+        "optimizer.learning_rate": 1e-30,  # lost to rounding: what it started from is still there
         "ema.decay": 1.0,
     }
     new = run(tmp_path / "tuned", "in256_tune", options)
@@ -66,8 +71,8 @@ def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_
         "params": (old.params, old.params),
         "ema": (old.ema["ema"], old.ema["ema"]),
     }[chosen]
-    jax.tree.map(np.testing.assert_array_equal, new.params, params)
-    jax.tree.map(np.testing.assert_array_equal, new.ema["ema"], ema)
+    jax.tree.map(assert_the_same, new.params, params)
+    jax.tree.map(assert_the_same, new.ema["ema"], ema)
 
 
 def test_another_network_is_refused_by_the_name_of_the_option(pretrained, tmp_path, capsys):
@@ -104,7 +109,7 @@ def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, messages
     assert old["positions"].pop("table").shape == (16, 32)
     assert new["label_embedding"].pop("table").shape == (3, 32)
     del old["label_embedding"]["table"], new["positions"]["table"]
-    jax.tree.map(np.testing.assert_array_equal, new, old)
+    jax.tree.map(assert_the_same, new, old)
 
 
 def test_interpolated_positions_keep_a_linear_table_linear_and_classes_may_go():

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+MASK_KINDS = ("none", "patch", "block", "crop")
+
 
 class TokenMask(NamedTuple):
     """A split of N tokens into K visible and N - K hidden ones, for each sample.
@@ -30,7 +32,44 @@ def count_kept(num_tokens: int, mask_ratio: float) -> int:
 
 def random_mask(uniform: jax.Array, num_keep: int) -> TokenMask:
     """Keep the `num_keep` tokens with the smallest of the uniform numbers [B, N] (MaskDiT, sec. 3.2)."""
-    shuffle_ids = jnp.argsort(uniform, axis=1)
+    return _mask_of(jnp.argsort(uniform, axis=1), num_keep)
+
+
+def count_visible_patches(kind: str, grid: int, *, ratio: float, block_size: int, crop_size: int) -> int:
+    """Number of visible patches of a grid×grid image under a mask of one of MASK_KINDS.
+
+    Of the N patches `patch` hides ⌊ratio·N⌋ and `block` as many whole blocks as fit into these, so never
+    more than the ratio says; `crop` leaves crop_size² visible, whatever the ratio (MaskDM, sec. 3.2).
+    """
+    num_patches = grid**2
+    if kind == "none":
+        return num_patches
+    if kind == "crop":
+        return crop_size**2
+    area = block_size**2 if kind == "block" else 1
+    return num_patches - int(ratio * num_patches) // area * area
+
+
+def block_mask(uniform: jax.Array, grid: int, block_size: int, num_keep: int) -> TokenMask:
+    """Keep num_keep / block_size² of a grid's aligned blocks, those with the smallest numbers.
+
+    uniform [B, (grid / block_size)²]: a number for each block, row by row.
+    """
+    blocks = grid // block_size
+    ids = jnp.arange(grid**2).reshape(blocks, block_size, blocks, block_size)
+    ids = ids.transpose(0, 2, 1, 3).reshape(blocks**2, block_size**2)  # the patches of each block
+    return _mask_of(ids[jnp.argsort(uniform, axis=1)].reshape(len(uniform), grid**2), num_keep)
+
+
+def crop_mask(corners: jax.Array, grid: int, crop_size: int) -> TokenMask:
+    """Keep a window of crop_size² patches; corners [B, 2] int: the row and column of its first patch."""
+    row, column = corners[:, :1], corners[:, 1:]  # [B, 1]
+    rows, columns = jnp.divmod(jnp.arange(grid**2)[None], grid)
+    inside = (row <= rows) & (rows < row + crop_size) & (column <= columns) & (columns < column + crop_size)
+    return _mask_of(jnp.argsort(~inside, axis=1, stable=True), crop_size**2)
+
+
+def _mask_of(shuffle_ids: jax.Array, num_keep: int) -> TokenMask:
     return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, jnp.argsort(shuffle_ids, axis=1))
 
 
