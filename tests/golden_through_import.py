@@ -9,42 +9,42 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from golden_case import GOLDEN, Case, assert_close_to_rms, channels_last
-from maskdit_jax.diffusion.losses import maskdit_loss
 
 from maskdit_jax import import_torch, load
+from maskdit_jax.diffusion.edm import precondition
 
 
 def main(name: str) -> None:
     case = Case(name)
-    size = case.info["model_type"].removeprefix("DiT-")
-    family = "MaskDiT" if case.options["use_decoder"] else "DiT"
+    family = "MaskDiT" if case.network.use_decoder else "DiT"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "imported"
-        expected = {"image_size": case.options["image_size"], "num_classes": case.options["num_classes"]}
-        import_torch(case.tensors(), folder, model=f"{family}-{size}", **expected)
+        expected = {"image_size": case.data.image_size, "num_classes": case.data.num_classes}
+        import_torch(case.tensors(), folder, model=f"{family}-{case.network.size}", **expected)
         model = load(folder)
-    case.params = model.params
+    assert model.method.network == case.network
 
-    batch = case.batch
-    denoised = np.asarray(model(batch.noisy, batch.sigma, batch.labels))
+    draws = case.draws
+    denoised = np.asarray(model(draws.noisy, draws.sigma, draws.labels))
     assert_close_to_rms(denoised, case["eval_D"])
     error = np.square(denoised - case["y0"]).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(case["loss_weight"] * error, case["loss_nomask"], rtol=1e-4)
     if "cfg_scale" in case.info and "eval_D_cfg" in case.arrays:
         labels = case.labels("class_index_cfg")
-        guided = model(batch.noisy, batch.sigma, labels, cfg_scale=case.info["cfg_scale"])
+        guided = model(draws.noisy, draws.sigma, labels, cfg_scale=case.info["cfg_scale"])
         assert_close_to_rms(guided, case["eval_D_cfg"])
-        assert_close_to_rms(model(batch.noisy, batch.sigma, labels), case["eval_D_cfg_cond"])
+        assert_close_to_rms(model(draws.noisy, draws.sigma, labels), case["eval_D_cfg_cond"])
 
     @jax.jit
-    def masked(params, batch):
-        options = {"patch_size": case.options["patch_size"], "sigma_data": 0.5, "mae_coef": case.mae_coef}
-        denoise = case.denoiser(params)
-        loss, terms = maskdit_loss(denoise, batch, **options)
-        return denoise(batch.noisy, batch.sigma, batch.labels, batch.mask), {"total": loss, **terms}
+    def masked(params, draws):
+        network = nnx.merge(case.graphdef, params)
+        loss, terms = model.method.loss(network, draws)
+        denoised = precondition(network, model.method.sigma_data)(*draws[1:])
+        return denoised, {"total": loss, **terms}
 
-    outputs, terms = masked(case.params, batch)
+    outputs, terms = masked(model.params, draws)
     assert_close_to_rms(outputs, case["train_D"])
     for key, term in (("total", "total"), ("denoise", "denoise_loss"), ("mae", "mae_loss")):
         np.testing.assert_allclose(terms[term], case[f"loss_{key}"], rtol=1e-4, err_msg=key)

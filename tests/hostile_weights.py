@@ -1,5 +1,6 @@
 """Hostile weights and run folders: the cases of tests/test_hostile.py for readers of weights."""
 
+import functools
 import json
 import os
 import pickle
@@ -171,13 +172,15 @@ SAFETENSORS = [
 
 # The config.json beside an export
 
+NETWORK = "method.network"
+
 
 def option(section: str, **new: Any) -> Damage:
-    """Options of one section of the configuration are others."""
+    """Options of one section of the configuration, such as "method.network", are others."""
 
     def change(old: bytes) -> bytes:
         about = json.loads(old)
-        about["config"][section] |= new
+        functools.reduce(dict.__getitem__, section.split("."), about["config"]).update(new)
         return json.dumps(about).encode()
 
     return changed("", change)
@@ -187,10 +190,10 @@ EXPORT = [
     ("no JSON", content("", b"hello"), "config.json cannot be read"),
     ("a list", content("", b"[]"), "expected a JSON object"),
     ("deep", deep(""), "config.json is damaged"),
-    ("deep inside", json_with("", config=json.loads('{"a":' * 300 + "1" + "}" * 300)), "lacks model.size"),
+    ("deep inside", json_with("", config=json.loads('{"a":' * 300 + "1" + "}" * 300)), "lacks method.name"),
     ("no configuration", json_with("", config=...), "config.json is damaged"),
     ("configuration a text", json_with("", config="x"), "config.json is damaged"),
-    ("section a text", json_with("", config={"model": "x"}), "lacks model.size"),
+    ("section a text", json_with("", config={"method": "x"}), "lacks method.name"),
     ("step infinite", json_with("", step=float("inf")), "step=inf, expected a whole number"),
     ("step NaN", json_with("", step=float("nan")), "step=nan"),
     ("step a fraction", json_with("", step=1.5), "step=1.5"),
@@ -199,15 +202,19 @@ EXPORT = [
     ("step large", json_with("", step=LARGE), "step=1000"),
     ("step of 5,000 digits", changed("", lambda old: old.replace(b'"step": 0', f'"step": {DIGITS}'.encode())),
      "config.json"),
-    ("heads a text", option("model", num_heads="2"), "model.num_heads=2: expected a whole number"),
-    ("heads true", option("model", num_heads=True), "model.num_heads=True"),
-    ("heads that do not divide", option("model", num_heads=3), "model.num_heads=3 does not divide"),
-    ("heads none", option("model", num_heads=0), "model.num_heads=0 must be at least 1"),
-    ("patches none", option("model", patch_size=0), "model.patch_size=0 must be at least 1"),
-    ("sigma_data a text", option("diffusion", sigma_data="0.5"), "diffusion.sigma_data=0.5: expected"),
-    ("sigma_data zero", option("diffusion", sigma_data=0), "diffusion.sigma_data=0 must be greater"),
-    ("sigma_data NaN", option("diffusion", sigma_data=float("nan")), "sigma_data=nan must be finite"),
-    ("mae_coef null", option("diffusion", mae_coef=None), "diffusion.mae_coef=None"),
+    ("heads a text", option(NETWORK, num_heads="2"), "method.network.num_heads=2: expected a whole number"),
+    ("heads true", option(NETWORK, num_heads=True), "method.network.num_heads=True"),
+    ("heads that do not divide", option(NETWORK, num_heads=3), "method.network.num_heads=3 does not divide"),
+    ("heads none", option(NETWORK, num_heads=0), "method.network.num_heads=0 must be at least 1"),
+    ("patches none", option(NETWORK, patch_size=0), "method.network.patch_size=0 must be at least 1"),
+    ("sigma_data a text", option("method", sigma_data="0.5"), "method.sigma_data=0.5: expected"),
+    ("sigma_data zero", option("method", sigma_data=0), "method.sigma_data=0 must be greater"),
+    ("sigma_data NaN", option("method", sigma_data=float("nan")), "sigma_data=nan must be finite"),
+    ("mae_coef null", option("method", mae_coef=None), "method.mae_coef=None"),
+    ("method unknown", option("method", name="x"), "method.name=x is unknown"),
+    ("method a list", option("method", name=["x"]), "method.name=['x'] is unknown"),
+    ("network a text", option("method", network="x"), "config.json is damaged"),
+    ("network's option unknown", option(NETWORK, dropout=0.1), "method.network.dropout is unknown"),
     ("space unknown", option("data", space="pixel"), "data.space='pixel' is unknown"),
     ("latent_scale a list", option("data", latent_scale=[1]), "data.latent_scale=[1]"),
     ("latent_scale huge", option("data", latent_scale=10**400), "no 64-bit number"),
@@ -219,7 +226,7 @@ EXPORT = [
     ("sigmas turned round", option("sampling", sigma_min=90), "sigma_min=90"),
     ("S_churn true", option("sampling", S_churn=True), "sampling.S_churn=True"),
     ("cfg_scale negative", option("sampling", cfg_scale=-1), "cfg_scale=-1"),
-    ("another option", option("sampling", eta=1), "sampling.eta is unknown"),
+    ("another option", option("sampling", steps=1), "sampling.steps is unknown"),
 ]  # fmt: skip
 
 
@@ -248,6 +255,16 @@ def in_config(section: str, **new: Any) -> Damage:
     return damage
 
 
+def in_network(**new: Any) -> Damage:
+    """The same of the network."""
+
+    def damage(path: Path) -> None:
+        network = json.loads(path.read_text())["config"]["method"]["network"]
+        in_config("method", network=network | new)(path)
+
+    return damage
+
+
 def in_the_way(name: str) -> Damage:
     """A file stands where the folder belongs."""
 
@@ -261,10 +278,10 @@ def in_the_way(name: str) -> Damage:
 METAS = [
     ("config missing", meta(config=...)),
     ("config a list", meta(config=[])),
-    ("config's section a text", in_config("model")),
-    ("width a text", in_config("model", hidden_size="8")),
-    ("width huge", in_config("model", hidden_size=LARGE)),
-    ("option unknown", in_config("model", dropout=0.1)),
+    ("config's section a text", in_config("method")),
+    ("width a text", in_network(hidden_size="8")),
+    ("width huge", in_network(hidden_size=LARGE)),
+    ("option unknown", in_network(dropout=0.1)),
     ("sampling steps null", in_config("sampling", num_steps=None)),
     ("preview rows a text", in_config("report", preview_rows="1")),
     ("items a text", meta(items_consumed="7")),

@@ -21,28 +21,31 @@ from torch_maskdit import Denoiser
 
 from maskdit_jax import UserError, export_torch, import_torch, load, main
 from maskdit_jax.exchange import CARD, CONFIG
-from maskdit_jax.interop.names import to_torch
+from maskdit_jax.interop.maskdit import to_torch
 from maskdit_jax.interop.torch_io import as_float32, read_file, shapes_of
+from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
+from maskdit_jax.methods.method import Shape, init_params
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.maskdit import SIZES
 from maskdit_jax.training.checkpoint import open_run
-from maskdit_jax.training.state import init_params
 
 pytestmark = pytest.mark.usefixtures("messages")
-SMALL = {"channels": 1, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 8}
-SMALL |= {"num_classes": 10, "decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMALL = {"size": "custom", "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4}
+SMALL |= {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 HEADS = {"num_heads": 4, "decoder_num_heads": 2}
-PLAIN_DIT = {"use_decoder": False, "use_mask_token": False}
+DATA = Shape(image_size=8, channels=1, num_classes=10)
+PLAIN_DIT = {"use_decoder": False, "mask_token": False}
 # Every patch size, and every set of tensors that a model can have; widths and depths are test_golden.py's.
-VARIANTS = [("S/2", {}), ("S/4", {"num_classes": 0}), ("S/8", {"use_mask_token": False})]
-VARIANTS += [("S/2", PLAIN_DIT), ("S/2", PLAIN_DIT | {"num_classes": 0})]
+VARIANTS = [("S/2", 100, {}), ("S/4", 0, {}), ("S/8", 100, {"mask_token": False})]
+VARIANTS += [("S/2", 100, PLAIN_DIT), ("S/2", 0, PLAIN_DIT)]
 
 
-def random_tensors(options: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Torch tensors of a network, all random but for the position tables."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_params(options, 0))
+def random_tensors(options: dict, data: Shape = DATA, seed: int = 0) -> dict[str, np.ndarray]:
+    """Torch tensors of a MaskDiT, all random but for the position tables."""
+    rng, network = np.random.default_rng(seed), MaskDiTNetwork(**options)
+    shapes = jax.eval_shape(lambda: init_params(MaskDiT(network), data, Compute(), 0))
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
-    tensors = to_torch(params, image_size=options["image_size"], patch_size=options["patch_size"])
+    tensors = to_torch(params, network, data)
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
 
 
@@ -63,15 +66,13 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "variant"), VARIANTS, ids=str)
-def test_export_import_export_is_byte_identical(size, variant, tmp_path):
+@pytest.mark.parametrize(("size", "num_classes", "variant"), VARIANTS, ids=str)
+def test_export_import_export_is_byte_identical(size, num_classes, variant, tmp_path):
     """With the stacks cut short to two blocks, so that their order counts."""
-    name, patch = size.split("/")
-    _, width, heads = SIZES[name]
-    options = {"channels": 4, "patch_size": int(patch), "hidden_size": width, "num_heads": heads}
-    options |= {"image_size": 32, "num_classes": 100, "depth": 2, "decoder_depth": 2} | variant
-    original = random_tensors(options)
-    import_torch(original, tmp_path / "1", image_size=32, num_classes=options["num_classes"], num_heads=heads)
+    heads = SIZES[size.partition("/")[0]][2]
+    options = {"size": size, "depth": 2, "decoder_depth": 2} | variant
+    original = random_tensors(options, Shape(32, 4, num_classes))
+    import_torch(original, tmp_path / "1", image_size=32, num_classes=num_classes, num_heads=heads)
     export_torch(load(tmp_path / "1"), tmp_path / "first/model.safetensors")
     import_torch(tmp_path / "first/model.safetensors", tmp_path / "2")
     export_torch(load(tmp_path / "2"), tmp_path / "second/model.safetensors")
@@ -125,7 +126,7 @@ def test_exported_run_in_plain_torch(run, tmp_path, monkeypatch, capsys):
     card, config = ((tmp_path / "out" / name).read_text() for name in (CARD, CONFIG))
     assert "sigma_data = 0.75" in card
     assert f"| Training step | {NUM_STEPS} |" in card
-    assert json.loads(config)["config"]["diffusion"]["sigma_data"] == 0.75
+    assert json.loads(config)["config"]["method"]["sigma_data"] == 0.75
 
     rng = np.random.default_rng(0)
     x, sigma = rng.standard_normal((4, 8, 8, 1), np.float32), np.array([0.05, 0.4, 2, 30], np.float32)
@@ -231,6 +232,10 @@ CHANGES = {
         ["1 of another shape: model.blocks.1.attn.qkv.weight [95, 32] instead of [96, 32]"],
     ),
     "several": (_three_at_once, ["1 missing", "1 unexpected: model.cls_token", "1 of another shape"]),
+    "names of nobody": (
+        lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)],
+        ["no MaskDiT", "no model.x_embedder.proj.weight", "it has pos_embed, "],
+    ),
     "no patches": (lambda t: t.pop("model.x_embedder.proj.weight"), ["no model.x_embedder.proj.weight"]),
     "no blocks": (
         lambda t: [t.pop(n) for n in list(t) if n.startswith("model.blocks.")],
