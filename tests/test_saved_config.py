@@ -7,7 +7,7 @@ import jax
 import pytest
 from tiny import ROOT
 
-from maskdit_jax.config import ConfigDict, compute_of, leaves, method_of, resolve, shape_of
+from maskdit_jax.config import compute_of, leaves, method_of, resolve, shape_of
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
@@ -88,9 +88,7 @@ def test_import_of_the_old_layout_means_the_same():
 def test_mask_token_was_there_where_the_loss_had_a_weight(changes, has_token):
     config = saved_config(old_run(**changes))
     assert config.method.network.mask_token == has_token
-    with config.unlocked() if config.is_locked else ConfigDict().unlocked():
-        params = build(config).state_shapes.params
-    assert ("mask_token" in params) == has_token
+    assert ("mask_token" in build(config).state_shapes.params) == has_token
 
 
 @pytest.mark.parametrize("content", [RUN, old_import(), new_run()], ids=["run", "import", "today"])
@@ -126,7 +124,7 @@ def test_what_weights_need_must_be_there(content):
         ({"model__image_size": 9}, "method.network.patch_size=2 does not divide data.image_size=9"),
         ({"model__precision": "best"}, "compute.precision='best' is unknown"),
         ({"model__fast": True}, "the option method.network.fast is unknown"),
-        ({"diffusion__sigma_data": 0}, "method.sigma_data=0.0 must be greater than 0"),
+        ({"diffusion__sigma_data": 0}, "method.sigma_data=0 must be greater than 0"),
         ({"diffusion__mae_coef": "0.1"}, "the configuration cannot be used"),
         ({"data__space": "audio"}, "data.space='audio' is unknown"),
         ({"sampling__solver": "best"}, "sampling.solver='best'"),
@@ -146,7 +144,9 @@ def test_values_that_no_run_has_are_refused_by_name(changes, fragment):
     assert fragment in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [None, [], "x", {}, {"model": 3}, {"method": {}}, {"method": {"name": []}}])
+@pytest.mark.parametrize(
+    "content", [None, [], "x", {}, {"model": 3}, {"method": {}}, {"method": {"name": []}}]
+)
 def test_what_is_no_configuration_is_refused(content):
     with pytest.raises(UserError):
         saved_config(content)
