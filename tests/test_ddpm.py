@@ -1,4 +1,4 @@
-"""DDPM's schedules, its forward process, and samples with a closed-form network, against the authors' numbers."""
+"""DDPM's schedules, its forward process, and samples of a closed-form network, as the authors have them."""
 
 import json
 
@@ -31,7 +31,7 @@ SAMPLER_CASES = json.loads((GOLDEN / "maskdm_info.json").read_text())["samplers"
 
 
 def posterior(schedule: str, timesteps: int) -> dict[str, np.ndarray]:
-    """DDPM's posterior q(x_{t-1} | x_t, clean) as our ancestral solver steps through it, in DDPM's scaling."""
+    """DDPM's posterior q(x_{t-1} | x_t, clean), from how our ancestral solver steps."""
     alpha_bar = alphas_cumprod(schedule, timesteps)
     before = np.append(1.0, alpha_bar[:-1])
     # The table of a solver falls.
@@ -110,6 +110,21 @@ def test_network_gets_the_very_timesteps_it_was_trained_on(schedule, timesteps):
     )
     outside = jnp.asarray([levels[0] / 10, levels[-1] * 10], jnp.float32)
     np.testing.assert_array_equal(exact(outside), [0, timesteps - 1])
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_noise_predictor_is_the_exact_denoiser_at_every_noise_level(schedule):
+    """Of data N(0, s²), of which the best prediction of the noise at timestep t is known."""
+    levels, s = noise_levels(schedule, 1000), 0.5
+
+    def network(x, t, labels):
+        sigma = per_sample(jnp.exp(jnp.interp(t, jnp.arange(1000.0), jnp.log(levels))))
+        return x * jnp.sqrt(1 + sigma**2) * sigma / (s**2 + sigma**2)
+
+    sigma = jnp.exp(jnp.linspace(np.log(levels[0]), np.log(80.0), 57))
+    x = sigma[:, None, None, None] * jnp.ones((57, 2, 2, 1))
+    denoised = jax.jit(epsilon_denoiser(network, levels))(x, sigma, jnp.zeros(57, jnp.int32))
+    np.testing.assert_allclose(denoised, x * per_sample(s**2 / (s**2 + sigma**2)), rtol=2e-3, atol=5e-5)
 
 
 @pytest.mark.parametrize("steps", [250, 500])

@@ -21,7 +21,7 @@ def linear_betas(timesteps: int) -> np.ndarray:
 
 
 def cosine_betas(timesteps: int) -> np.ndarray:
-    """Betas [T] of ᾱ(t) ~ cos²((t / T + s) / (1 + s)·π / 2), s = 0.008, float64 (arXiv 2102.09672, eq. 17)."""
+    """Betas [T] of ᾱ ~ cos²((t / T + s) / (1 + s)·π / 2), s = 0.008, float64 (arXiv 2102.09672, eq. 17)."""
     alpha_bar = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
 

@@ -97,7 +97,7 @@ def _slope(estimate, x, sigma):
 
 
 def euler_step(estimate, x, levels, noise, carry):
-    """Along the slope at the start of the step (EDM, alg. 1 and 2 without lines 6 to 8)."""
+    """Along the slope at the start of the step (EDM, alg. 1 and 2, without the correction)."""
     x = _churn(x, levels, noise)
     return x + (levels.sigma_next - levels.sigma) * _slope(estimate, x, levels.sigma), carry
 

@@ -1,6 +1,7 @@
 """Methods, one file each, to be read from top to bottom; METHODS is the only list of them."""
 
 from maskdit_jax.methods.maskdit import MaskDiT
+from maskdit_jax.methods.maskdm import MaskDM
 from maskdit_jax.methods.method import Method
 
-METHODS: dict[str, type[Method]] = {"maskdit": MaskDiT}
+METHODS: dict[str, type[Method]] = {"maskdit": MaskDiT, "maskdm": MaskDM}

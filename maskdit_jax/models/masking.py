@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASK_KINDS = ("none", "patch", "block", "crop")
+MASK_TYPES = ("none", "patch", "block", "crop")
 
 
 class TokenMask(NamedTuple):
@@ -35,18 +35,18 @@ def random_mask(uniform: jax.Array, num_keep: int) -> TokenMask:
     return _mask_of(jnp.argsort(uniform, axis=1), num_keep)
 
 
-def count_visible_patches(kind: str, grid: int, *, ratio: float, block_size: int, crop_size: int) -> int:
-    """Number of visible patches of a grid×grid image under a mask of one of MASK_KINDS.
+def count_visible_patches(mask_type: str, grid: int, *, ratio: float, block_size: int, crop_size: int) -> int:
+    """Number of visible patches of a grid×grid image under a mask of one of MASK_TYPES.
 
     Of the N patches `patch` hides ⌊ratio·N⌋ and `block` as many whole blocks as fit into these, so never
-    more than the ratio says; `crop` leaves crop_size² visible, whatever the ratio (MaskDM, sec. 3.2).
+    more than the ratio says; `crop` leaves crop_size² visible, whatever the ratio (MaskDM, arXiv 2306.11363).
     """
     num_patches = grid**2
-    if kind == "none":
+    if mask_type == "none":
         return num_patches
-    if kind == "crop":
+    if mask_type == "crop":
         return crop_size**2
-    area = block_size**2 if kind == "block" else 1
+    area = block_size**2 if mask_type == "block" else 1
     return num_patches - int(ratio * num_patches) // area * area
 
 
