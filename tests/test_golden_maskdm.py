@@ -126,15 +126,19 @@ def test_initialisation():
 def test_half_precision_and_recomputation():
     """bfloat16 is close, gradients are float32, and what is computed again gives the same gradients."""
     options = {"image_size": 8, "channels": 1, "num_classes": 3, "patch_size": 2, "hidden_size": 32}
-    options |= {"depth": 3, "num_heads": 2, "qkv_bias": True, "time_mlp": True, "rngs": nnx.Rngs(0)}
+    options |= {"depth": 3, "num_heads": 2, "qkv_bias": True, "time_mlp": True}
     x, t, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([3, 900]), jnp.array([-1, 2])
     mask = random_mask(jax.random.uniform(jax.random.key(1), (2, 16)), 6)
+
+    def split(compute):
+        return nnx.split(nnx.eval_shape(lambda: UViT(**options, compute=compute, rngs=nnx.Rngs(0))))
+
     rng = np.random.default_rng(0)
-    shapes = nnx.split(nnx.eval_shape(lambda: UViT(**options, compute=Compute())))[1]
+    shapes = split(Compute())[1]
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
 
     def output_and_gradient(**compute):
-        graphdef = nnx.split(nnx.eval_shape(lambda: UViT(**options, compute=Compute(**compute))))[0]
+        graphdef = split(Compute(**compute))[0]
 
         def loss(params):
             output = nnx.merge(graphdef, params)(x, t, labels, mask)
