@@ -11,7 +11,7 @@ def get_config():
     config.data.update(
         source="digits", space="pixels", image_size=8, channels=1, num_classes=10, num_threads=1
     )
-    config.method.network.update(size="custom", hidden_size=96, depth=5, num_heads=4, patch_size=1)
+    config.method.network.update(size="custom", hidden_size=96, depth=5, num_heads=4, patch_size=2)
     config.method.update(mask_type="block", mask_ratio=0.5, block_size=2)
     config.compute.update(precision="float32", unroll="full")
     config.training.update(num_steps=2_000, batch_size=128)

@@ -262,10 +262,10 @@ def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
       UserError: a value or a combination of values that cannot work.
     """
     config = ConfigDict(config.to_dict())
-    check_method(config)
     check_options(from_section(Run, config))
     for name, section in SECTIONS.items():
         check_options(from_section(section, config[name]), f"{name}.")
+    check_method(config)
     _check_together(config)
     _check_devices(config, device_count)
     return config.lock()
@@ -283,8 +283,11 @@ def check_method(config: ConfigDict) -> None:
     method = method_of(config)
     config.method.update(**as_section(method))
     check_options(method, "method.")
+<<<<<<< HEAD
     # Of the data, weights alone have saved no more than they need.
     check_options(Data(**{name: x for name, x in config.data.items() if name in vars(Data())}), "data.")
+=======
+>>>>>>> refs/heads/tests
     method.check(shape_of(config))
     sampler = SamplerOptions(**config.sampling.to_dict())
     sampler.check("sampling.", levels=method.noise_levels())

@@ -178,11 +178,11 @@ def _nearest(error: BaseException) -> str:
 def _check_options(config: ConfigDict, path: str) -> None:
     """Every option of the method and of all methods is there, in the type of its default, and no other."""
     found = leaves(config)
-    method = found.get("method.name")
+    method = found.get("method.name", next(iter(METHODS)))
     if not isinstance(method, str) or method not in METHODS:
         raise UserError(
-            f"--config={path}: method.name={shown(method)} is unknown; known: {', '.join(METHODS)}; start "
-            "with `config = base.get_config(METHOD)`"
+            f"--config={path}: method.name={shown(repr(method))} is unknown; known: {', '.join(METHODS)}; "
+            "start with `config = base.get_config(METHOD)`"
         )
     wanted = leaves(defaults(method))
     for name in found:

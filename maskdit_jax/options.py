@@ -45,13 +45,18 @@ def check_options(record: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_options(value, f"{name}.")
         elif _RANGE in field.metadata:
-            kind = hints[field.name]
-            if not is_a(value, kind):
-                raise UserError(f"{name}={shown(repr(value))}: expected {IN_WORDS[kind]}")
-            _check_option(name, value, field.metadata[_RANGE])
+            check_option(name, value, field, hints[field.name])
 
 
-def _check_option(name: str, value: Any, allowed: dict[str, Any]) -> None:
+def check_option(name: str, value: Any, field: dataclasses.Field, kind: type) -> None:
+    """Check the value of one option, made by a field of that type.
+
+    Raises:
+      UserError: as `check_options`.
+    """
+    if not is_a(value, kind):
+        raise UserError(f"{name}={shown(repr(value))}: expected {IN_WORDS[kind]}")
+    allowed = field.metadata[_RANGE]
     choices = allowed.get("choices")
     if choices is not None and value not in choices:
         raise UserError(f"{name}={shown(repr(value))} is unknown; known: {', '.join(choices)}")

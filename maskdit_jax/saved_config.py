@@ -2,23 +2,27 @@
 
 from typing import Any
 
-from maskdit_jax.config import SECTIONS, ConfigDict, check_method, defaults, leaves, sampling_section
+from maskdit_jax.config import SECTIONS, ConfigDict, Run, check_method, defaults, leaves, sampling_section
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.methods import METHODS
 from maskdit_jax.methods.method import Shape
-from maskdit_jax.options import IN_WORDS, as_section, each_option, is_a
+from maskdit_jax.options import IN_WORDS, as_section, check_option, each_option, is_a
 
 # What weights need of the configuration saved with them, beside the method: all that an import has.
 _DATA = tuple(f"data.{name}" for name in (*Shape._fields, "space", "latent_scale"))
-# What is used, beyond that, of the configuration of a run.
-_OF_RUNS = {
-    "vae": str,
-    "report.preview_rows": int,
-    "report.preview_columns": int,
-    "evaluation.num_samples": int,
-}
 _CLOSED = ("method", "compute", "sampling")  # these sections are arguments: nothing else may stand there
+
+
+# All that an import had before there were methods, and every run.
+_BEFORE_METHODS = """
+    model.size model.hidden_size model.depth model.num_heads model.patch_size model.image_size
+    model.channels model.num_classes model.use_decoder model.decoder_hidden_size model.decoder_depth
+    model.decoder_num_heads model.precision model.remat model.unroll
+    diffusion.sigma_data diffusion.mae_coef data.space data.latent_scale
+    sampling.num_steps sampling.solver sampling.cfg_scale sampling.sigma_min sampling.sigma_max sampling.rho
+    sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
+""".split()
 
 
 def saved_config(content: Any) -> ConfigDict:
@@ -29,7 +33,9 @@ def saved_config(content: Any) -> ConfigDict:
     """
     try:
         content = _upgraded(content)
-        _check_types(content)
+        found = leaves(content)
+        _check_types(found)
+        _check_values(found)
         config = ConfigDict(content)
         check_method(config)
     except UserError:
@@ -39,9 +45,8 @@ def saved_config(content: Any) -> ConfigDict:
     return config
 
 
-def _check_types(content: dict[str, Any]) -> None:
+def _check_types(found: dict[str, Any]) -> None:
     """Compare options, by their full names, with what is used of a saved configuration."""
-    found = leaves(content)
     name = found.get("method.name")
     if "method.name" not in found:
         raise UserError("the configuration lacks method.name")
@@ -64,7 +69,7 @@ def _check_types(content: dict[str, Any]) -> None:
     for name, value in found.items():
         if name.partition(".")[0] in _CLOSED and name not in kinds:
             raise UserError(f"the option {shown(name)} is unknown")
-        kind = kinds.get(name) or _OF_RUNS.get(name) or type(value)
+        kind = kinds.get(name) or type(value)
         if kind not in IN_WORDS or not is_a(value, kind):
             expected = IN_WORDS.get(kind, "a number or a text")
             raise UserError(f"{shown(name)}={shown(value)}: expected {expected}")
@@ -73,22 +78,32 @@ def _check_types(content: dict[str, Any]) -> None:
             raise UserError(f"{shown(name)} is no 64-bit number")
 
 
+def _check_values(found: dict[str, Any]) -> None:
+    """What else there is, of a run, is used too: the grid's rows, the autoencoder …"""
+    for prefix, record in {"": Run, **{f"{name}.": record for name, record in SECTIONS.items()}}.items():
+        for name, field, kind in each_option(record, prefix):
+            if name in found:
+                check_option(name, found[name], field, kind)
+
+
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A configuration of today's layout; before there were methods, all was MaskDiT, in other sections."""
     if "method" in content or "model" not in content:
         return content
+    missing = [name for name in _BEFORE_METHODS if name not in leaves(content)]
+    if missing:
+        raise UserError(f"the configuration lacks {', '.join(missing[:3])}")
     content = {name: dict(x) if isinstance(x, dict) else x for name, x in content.items()}
     model, diffusion = content.pop("model"), content.pop("diffusion")
-    compute = {name: model.pop(name) for name in as_section(SECTIONS["compute"]())}
-    shape = {name: model.pop(name) for name in ("image_size", "channels", "num_classes")}
+    compute = {name: model.pop(name) for name in ("precision", "remat", "unroll")}
+    shape = {name: model.pop(name) for name in Shape._fields}
     # The weight of the loss decided it.
     network = model | {"mask_token": diffusion["mae_coef"] > 0}
-    options = defaults("maskdit").method.to_dict() | diffusion
-    content["method"] = options | {"network": network}
+    content["method"] = defaults("maskdit").method.to_dict() | diffusion | {"network": network}
     content["data"] |= shape
     content["compute"] = compute
     content["sampling"] = sampling_section(METHODS["maskdit"].sampler) | content["sampling"]
-    if "training" in content:
-        training = content["training"]
+    training = content.get("training", {})
+    if "ema_decay" in training:
         content["ema"] = as_section(SECTIONS["ema"](decay=training.pop("ema_decay")))
     return content

@@ -24,14 +24,14 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
-import maskdit_jax
-from maskdit_jax import load, load_autoencoder
+from maskdit_jax import export_torch, import_torch, load, load_autoencoder
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load as load_config
 from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.card import finish
+from maskdit_jax.interop import autoencoder, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
 from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
@@ -215,9 +215,7 @@ def tiny_zeros() -> dict:
 @functools.cache
 def tiny_tensors() -> dict[str, np.ndarray]:
     """Tensors of a network by their torch names, of zeros but for the position tables."""
-    from maskdit_jax.interop.maskdit import to_torch
-
-    tensors = to_torch(tiny_zeros(), NETWORK, DATA)
+    tensors = maskdit.to_torch(tiny_zeros(), NETWORK, DATA)
     return {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
 
 
@@ -250,7 +248,7 @@ def write_safetensors(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> object:
-    maskdit_jax.import_torch(path, path.with_name("out"), **HEADS)
+    import_torch(path, path.with_name("out"), **HEADS)
     return path
 
 
@@ -269,15 +267,15 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def export_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        maskdit_jax.import_torch(tiny_tensors(), folder / "imported", **HEADS)
-        maskdit_jax.export_torch(load(folder / "imported"), folder / "out/model.safetensors")
+        import_torch(tiny_tensors(), folder / "imported", **HEADS)
+        export_torch(load(folder / "imported"), folder / "out/model.safetensors")
         return content_of(folder / "out")
 
 
 def read_export(path: Path) -> object:
     """Import, then what `sample` asks of the imported options."""
     out = path.parent.with_name("out")
-    maskdit_jax.import_torch(path.with_name("model.safetensors"), out)
+    import_torch(path.with_name("model.safetensors"), out)
     return load(out).sampler_options()
 
 
@@ -349,9 +347,7 @@ def autoencoder_files() -> dict[str, bytes]:
     options = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
     shapes = nnx.eval_shape(lambda: AutoencoderKL(**options, rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.to_pure_dict(nnx.split(shapes)[1]))
-    from maskdit_jax.interop.autoencoder import to_torch
-
-    tensors = {name: np.ascontiguousarray(x) for name, x in to_torch(params).items()}
+    tensors = {name: np.ascontiguousarray(x) for name, x in autoencoder.to_torch(params).items()}
     config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4}
     config |= {"scaling_factor": 0.25, "act_fn": "silu", "sample_size": 256} | options
     with tempfile.TemporaryDirectory() as name:

@@ -16,16 +16,18 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import maskdit_jax
-from maskdit_jax import Model, UserError, import_torch, load_autoencoder, main, sample
+from maskdit_jax import UserError, import_torch, load_autoencoder, main, sample
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.data.images import to_uint8
 from maskdit_jax.data.shards import finish_shards, read_report, write_shard
-from maskdit_jax.data.vae import PIXELS_AT_ONCE, Autoencoder, _apply_in_chunks
-from maskdit_jax.interop.names import to_torch
+from maskdit_jax.data.vae import PIXELS_AT_ONCE, Autoencoder, _apply_in_chunks, open_codec
+from maskdit_jax.interop.maskdit import to_torch
+from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
+from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.embed import position_table
-from maskdit_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -163,10 +165,10 @@ def test_decoding_a_large_batch_needs_the_memory_of_a_portion():
 @pytest.fixture(scope="module")
 def latent_model(tmp_path_factory) -> Path:
     """An imported model of latents 8×8×4, whose images the autoencoder of these tests makes 32 px wide."""
-    options = {"image_size": 8, "channels": 4, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 4}
-    options |= {"num_classes": 10, "use_decoder": False, "use_mask_token": False}
-    params = jax.eval_shape(lambda: init_params(options, 0))
-    shapes = jax.eval_shape(lambda p: to_torch(p, image_size=8, patch_size=2), params)
+    network = MaskDiTNetwork("custom", hidden_size=32, depth=1, num_heads=4, patch_size=2, use_decoder=False)
+    data = Shape(image_size=8, channels=4, num_classes=10)
+    params = jax.eval_shape(lambda: init_params(MaskDiT(network=network), data, Compute(), 0))
+    shapes = jax.eval_shape(lambda p: to_torch(p, network, data), params)
     tensors = {k: seeded_tensor(k, x.shape) for k, x in shapes.items()}
     tensors["model.pos_embed"] = position_table(32, 4)[None]
     path = tmp_path_factory.mktemp("latent") / "imported"
@@ -200,8 +202,9 @@ def test_training_shows_pixels_when_the_config_names_an_autoencoder(folder, tmp_
     finish_shards(tmp_path / "data", reports, num_classes=2, latent_scale=0.25, about={})
     flags = f"""
         vae={folder} data.source=latents:{tmp_path / "data"} data.latent_scale=0.25
-        data.image_size=8 data.num_classes=2 method.network.size=custom method.network.patch_size=4 method.network.hidden_size=32
-        method.network.depth=1 method.network.num_heads=2 method.network.use_decoder=false method.mae_coef=0 compute.precision=float32
+        data.image_size=8 data.num_classes=2 compute.precision=float32 method.mae_coef=0
+        method.network.size=custom method.network.patch_size=4 method.network.hidden_size=32
+        method.network.depth=1 method.network.num_heads=2 method.network.use_decoder=false
         training.num_steps=1 training.batch_size=8 sampling.num_steps=1 sampling.cfg_scale=1
         report.preview_columns=4 report.preview_steps=1 report.tensorboard=false
     """
@@ -243,12 +246,10 @@ def test_images_that_the_autoencoder_cannot_halve_are_refused(autoencoder):
         autoencoder.encode(np.zeros((1, 18, 16, 3), np.float32))
 
 
-def test_autoencoder_that_does_not_fit_the_model_is_refused(autoencoder):
-    config = resolve(load(ROOT / "configs/digits.py"), device_count=8)
+def test_autoencoder_that_does_not_fit_the_model_is_refused(folder):
     with pytest.raises(UserError, match="makes pixels, there is nothing to decode"):
-        Model(config, {}, None, autoencoder=autoencoder)
-    config = resolve(load(ROOT / "configs/in256.py", ["--config.data.channels=8"]), device_count=8)
+        open_codec("pixels", 0.18215, 1, folder, "float32")
     with pytest.raises(UserError, match="latents have 4 channels, the model's 8"):
-        Model(config, {}, None, autoencoder=autoencoder)
+        open_codec("latents", 0.18215, 8, folder, "float32")
     with pytest.raises(UserError, match=r"vae='x' decodes latents, but data\.space='pixels'"):
         resolve(load(ROOT / "configs/digits.py", ["--config.vae=x"]), device_count=8)

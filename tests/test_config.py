@@ -353,8 +353,14 @@ def test_last_override_counts():
         ("method.network.patch_size=3", ["method.network.patch_size=3", "data.image_size=8"]),
         ("method.network.num_heads=192", ["method.network.num_heads=192", "method.network.hidden_size=96"]),
         ("method.network.num_heads=5", ["method.network.num_heads=5", "method.network.hidden_size=96"]),
-        ("method.network.decoder_num_heads=5", ["method.network.decoder_num_heads=5", "method.network.decoder_hidden_size=48"]),
+        (
+            "method.network.decoder_num_heads=5",
+            ["method.network.decoder_num_heads=5", "method.network.decoder_hidden_size=48"],
+        ),
         ("method.network.use_decoder=false", ["method.mae_coef=0.1", "method.network.use_decoder=false"]),
+        ("model.depth=3", ["--config.model.depth", "nearest: ", "--config.method.network.depth"]),
+        ("method.name=maskdit", ["--config.method.name", "base.get_config('maskdit')"]),
+        ("ema.rule=best", ["ema.rule='best'", "constant, warmup"]),
         ("mesh.data=4", ["mesh.data=4", "8"]),
         ("mesh.fsdp=3", ["mesh.fsdp=3", "8"]),
         ("mesh.fsdp=16", ["mesh.fsdp=16", "8"]),
@@ -373,7 +379,10 @@ def test_last_override_counts():
         ("sampling.sigma_max=nan", ["sampling.sigma_max=nan"]),
         ("sampling.solver=best", ["sampling.solver='best'", "heun, euler"]),
         ("optimizer.eps=1e999", ["optimizer.eps=inf", "finite"]),
-        ("method.network.patch_size=1", ["method.mae_coef=0.1", "method.network.patch_size=1", "data.channels=1"]),
+        (
+            "method.network.patch_size=1",
+            ["method.mae_coef=0.1", "method.network.patch_size=1", "data.channels=1"],
+        ),
         ("data.source=latents:data", ["evaluation.num_samples=1437", "digits"]),
     ],
 )

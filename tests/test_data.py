@@ -49,9 +49,9 @@ def test_digits_are_1437_for_training_and_360_held_out():
     train, held_out = Digits("train"), Digits("held_out")
     assert (len(train), len(held_out)) == (1437, 360)
     for source in (train, held_out):
-        assert source.latents.shape == (len(source), 8, 8, 1)
-        assert (source.latents.min(), source.latents.max()) == (-1, 1)
-        assert source.latents.dtype == np.float32
+        assert source.images.shape == (len(source), 8, 8, 1)
+        assert (source.images.min(), source.images.max()) == (-1, 1)
+        assert source.images.dtype == np.float32
         assert set(source.labels) == set(range(10))
 
 
@@ -64,7 +64,7 @@ def test_digits_of_both_splits_are_all_digits_once():
 
     train, held_out, original = Digits("train"), Digits("held_out"), load_digits()
     together = rows(
-        np.concatenate([train.latents, held_out.latents]), np.concatenate([train.labels, held_out.labels])
+        np.concatenate([train.images, held_out.images]), np.concatenate([train.labels, held_out.labels])
     )
     assert together == rows(original.images / 8 - 1, original.target)
 
@@ -72,14 +72,14 @@ def test_digits_of_both_splits_are_all_digits_once():
 def test_digits_split_is_fixed():
     """Cards and runs of different days are about the same held-out digits."""
     assert Digits("held_out").labels[:12].tolist() == [6, 6, 6, 2, 5, 6, 6, 2, 2, 1, 1, 9]
-    np.testing.assert_array_equal(Digits("train").latents, Digits("train").latents)
+    np.testing.assert_array_equal(Digits("train").images, Digits("train").images)
 
 
 def test_digits_batch_is_images_and_their_labels():
     source = Digits()
     batch = source.read(np.array([5, 0, 5]), np.arange(3))
     assert set(batch) == {"clean", "labels"}
-    np.testing.assert_array_equal(batch["clean"], source.latents[[5, 0, 5]])
+    np.testing.assert_array_equal(batch["clean"], source.images[[5, 0, 5]])
     np.testing.assert_array_equal(batch["labels"], source.labels[[5, 0, 5]])
 
 
@@ -413,7 +413,7 @@ def test_unconditional_model_takes_data_with_any_classes(folder):
 
 @pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])
 def test_unknown_source_lists_the_known_ones(name):
-    with user_error(f"data.source={name!r}", "digits, latents:FOLDER, folder:PATH, tfds:NAME"):
+    with user_error(f"data.source={name!r}", "digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH, tfds:NAME"):
         open_source(name, WANTED, space="latents")
 
 

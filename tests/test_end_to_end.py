@@ -189,7 +189,7 @@ def test_load_gives_the_ema_unless_asked_for_the_weights(run):
         ({"training.num_steps": "ten"}, ["--config.training.num_steps=ten", "a whole number"]),
         ({"report.tensorboard": "perhaps"}, ["--config.report.tensorboard=perhaps", "true or false"]),
         ({"training.batch_size": 100}, ["training.batch_size=100", "8 devices", "96 or 104"]),
-        ({"data.source": "mnist"}, ["data.source='mnist'", "digits, latents:FOLDER"]),
+        ({"data.source": "mnist"}, ["data.source='mnist'", "digits[:FIRST-LAST[:COUNT]], latents:FOLDER"]),
         ({"data.image_size": 16}, ["data.image_size=16", "the data has 8"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

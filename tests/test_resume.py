@@ -137,7 +137,10 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew(copy, capsys)
 
 def test_resuming_with_another_model_is_refused_and_touches_no_checkpoint(copy, capsys):
     error = refusal(capsys, train, copy, {"method.network.depth": 3})
-    assert f"the model differs from the one in {copy / 'checkpoints'}: method.network.depth=3 here, 2 there" in error
+    assert (
+        f"the model differs from the one in {copy / 'checkpoints'}: method.network.depth=3 here, 2 there"
+        in error
+    )
     assert steps_of(copy) == [NUM_STEPS - 2 * SAVE_EVERY, NUM_STEPS - SAVE_EVERY, NUM_STEPS]
     assert len(arrays_of(copy)) > 100
 

@@ -10,60 +10,49 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from maskdit_jax.diffusion.losses import draw_noisy_batch, maskdit_loss
 
-from maskdit_jax.diffusion.edm import precondition
+from maskdit_jax.data.codec import Codec
 from maskdit_jax.distributed.mesh import AXES, make_mesh, state_shardings
+from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork, mask_ratio_at
+from maskdit_jax.methods.method import Shape, init_params, network_graph
 from maskdit_jax.models.blocks import gelu
-from maskdit_jax.models.masking import random_mask, restore_tokens
+from maskdit_jax.models.compute import Compute
+from maskdit_jax.models.masking import keep_tokens, random_mask, restore_tokens
+from maskdit_jax.training.ema import update_ema
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
-    keep_schedule,
     learning_rate_schedule,
     make_optimizer,
-    mask_ratio_at,
+    rounded_schedule,
 )
-from maskdit_jax.training.state import init_params, init_state, network_graph, update_ema
-from maskdit_jax.training.step import StepOptions, make_train_step
+from maskdit_jax.training.state import init_state
+from maskdit_jax.training.step import make_train_step
 
-TINY = {
-    "image_size": 8,
-    "channels": 2,
-    "patch_size": 2,
-    "hidden_size": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "num_classes": 5,
-    "decoder_hidden_size": 16,
-    "decoder_depth": 2,
-    "decoder_num_heads": 2,
-}
+NETWORK = MaskDiTNetwork(
+    size="custom",
+    patch_size=2,
+    hidden_size=32,
+    depth=2,
+    num_heads=4,
+    decoder_hidden_size=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+)
+METHOD, DATA = MaskDiT(network=NETWORK), Shape(image_size=8, channels=2, num_classes=5)
+COMPUTE = Compute(precision="float32")
 NUM_TOKENS = 16
 ONE_DEVICE = jax.make_mesh((1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-OPTIONS = StepOptions(
-    seed=3,
-    patch_size=2,
-    num_tokens=NUM_TOKENS,
-    sigma_data=0.5,
-    P_mean=-1.2,
-    P_std=1.2,
-    mae_coef=0.1,
-    label_dropout=0.1,
-    latent_scale=0.18215,
-    accumulate=1,
-    ema_decay=0.99,
-)
 
 
 @functools.cache
-def fresh_params(**options) -> dict:
-    return jax.jit(lambda: init_params(TINY | options, 0))()
+def fresh_params(data: Shape = DATA) -> dict:
+    return jax.jit(lambda: init_params(METHOD, data, COMPUTE, 0))()
 
 
 @functools.cache
-def trained_params(**options) -> dict:
+def trained_params(data: Shape = DATA) -> dict:
     """Parameters none of which is zero, as after some training."""
-    params = fresh_params(**options)
+    params = fresh_params(data)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
@@ -83,10 +72,19 @@ def adamw(learning_rate: float = 1e-3) -> optax.GradientTransformation:
 
 
 @functools.cache
-def train_step(**options):
+def train_step(seed: int = 3, accumulate: int = 1, compute: Compute = COMPUTE):
     """The jitted step; tests share the programs, so they use one batch size."""
-    options = dataclasses.replace(OPTIONS, **options)
-    return jax.jit(make_train_step(network_graph(TINY), adamw(), options, ONE_DEVICE), static_argnums=2)
+    step = make_train_step(
+        METHOD,
+        network_graph(METHOD, DATA, compute),
+        Codec("latents", 0.18215),
+        adamw(),
+        {"ema": lambda ema, params, update: update_ema(ema, params, 0.99)},
+        ONE_DEVICE,
+        seed=seed,
+        accumulate=accumulate,
+    )
+    return jax.jit(step, static_argnums=2)
 
 
 def assert_trees_close(actual, expected, rtol: float, atol: float = 0.0) -> None:
@@ -102,31 +100,20 @@ def assert_trees_equal(actual, expected) -> None:
 
 
 def test_loss_at_start_is_one():
-    """A zero-initialised output layer on data of std sigma_data: E[w·(c_skip·x - latents)²] = 1."""
-    batch = batch_of(4096)
-    noisy = draw_noisy_batch(
-        jax.random.key(1),
-        batch["clean"],
-        batch["labels"],
-        P_mean=-1.2,
-        P_std=1.2,
-        label_dropout=0.1,
-        num_tokens=NUM_TOKENS,
-        num_keep=NUM_TOKENS,
-    )
+    """A zero-initialised output layer on data of std sigma_data: E[w·(c_skip·x - clean)²] = 1."""
+    draws = METHOD.draw(jax.random.key(1), batch_of(4096), NUM_TOKENS)
 
     # Parameters are arguments: jaxlib 0.10.2's CPU compiler may turn constant zero kernels into NaN.
     @jax.jit
     def loss(params):
-        denoise = precondition(nnx.merge(network_graph(TINY), params), 0.5)
-        return maskdit_loss(denoise, noisy, patch_size=2, sigma_data=0.5, mae_coef=0.1)[0].mean()
+        return METHOD.loss(nnx.merge(network_graph(METHOD, DATA, COMPUTE), params), draws)[0].mean()
 
     assert float(loss(fresh_params())) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return nnx.merge(network_graph(TINY), trained_params())
+    return nnx.merge(network_graph(METHOD, DATA, COMPUTE), trained_params())
 
 
 def test_changing_a_hidden_patch_changes_no_output(network):
@@ -152,20 +139,31 @@ def test_keeping_every_token_in_any_order_equals_the_unmasked_path(network):
 def test_hidden_patches_get_no_denoising_gradient():
     """The denoising term does not depend on the prediction at hidden patches."""
     batch = batch_of(4)
-    noisy = draw_noisy_batch(
-        jax.random.key(1), batch["clean"], batch["labels"], P_mean=-1.2, P_std=1.2,
-        label_dropout=0.0, num_tokens=NUM_TOKENS, num_keep=6,
-    )  # fmt: skip
+    draws = dataclasses.replace(METHOD, label_dropout=0.0).draw(jax.random.key(1), batch, 6)
 
-    def denoise_loss(denoised):
-        _, terms = maskdit_loss(lambda *_: denoised, noisy, patch_size=2, sigma_data=0.5, mae_coef=0.1)
+    def denoise_loss(prediction):
+        _, terms = METHOD.loss(lambda *_: prediction, draws)
         return terms["denoise_loss"].sum()
 
     gradient = jax.grad(denoise_loss)(jnp.ones_like(batch["clean"]))
-    hidden = noisy.mask.hidden.reshape(4, 4, 4).repeat(2, axis=1).repeat(2, axis=2) == 1
+    hidden = draws.mask.hidden.reshape(4, 4, 4).repeat(2, axis=1).repeat(2, axis=2) == 1
     assert hidden.mean() == 10 / 16
     assert (np.asarray(gradient)[hidden] == 0).all()
     assert (np.asarray(gradient)[~hidden] != 0).all()
+
+
+def test_keeping_takes_the_visible_tokens_and_its_gradient_is_autodiff_of_a_gather():
+    x = jax.random.normal(jax.random.key(0), (3, NUM_TOKENS, 4))
+    mask = random_mask(jax.random.uniform(jax.random.key(2), (3, NUM_TOKENS)), 5)
+    weights = jax.random.normal(jax.random.key(1), (3, 5, 4))
+
+    def by_gather(x):
+        return x[jnp.arange(3)[:, None], mask.keep_ids]
+
+    np.testing.assert_array_equal(keep_tokens(x, mask), by_gather(x))
+    ours = jax.grad(lambda x: (keep_tokens(x, mask) * weights).sum())(x)
+    np.testing.assert_array_equal(ours, jax.grad(lambda x: (by_gather(x) * weights).sum())(x))
+    assert keep_tokens(x, None) is x
 
 
 def test_restoring_puts_every_visible_token_back_and_filler_elsewhere():
@@ -239,7 +237,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     bad = good | {"clean": good["clean"].at[3, 0, 0, 0].set(jnp.nan)}
     state, _ = step(init_state(trained_params(), adamw()), good, 8)
     skipped, metrics = step(state, bad, 8)
-    for name in ("params", "ema_params", "opt_state"):
+    for name in ("params", "ema", "opt_state"):
         assert_trees_equal(getattr(skipped, name), getattr(state, name))
     assert int(skipped.step) == int(state.step) + 1
     skipped, metrics = step(skipped, bad, 8)
@@ -275,28 +273,28 @@ def test_moments_are_drawn_anew_at_every_step():
 def test_unrolling_and_rematerialisation_do_not_change_the_gradient(options):
     """The same losses and gradients from one set of parameters."""
 
-    def gradient(extra):
-        step = make_train_step(network_graph(TINY | extra), adamw(), OPTIONS, ONE_DEVICE)
-        state, metrics = jax.jit(step, static_argnums=2)(init_state(trained_params(), adamw()), batch_of(), 8)
+    def gradient(compute):
+        step = train_step(compute=compute)
+        state, metrics = step(init_state(trained_params(), adamw()), batch_of(), 8)
         return metrics, state.opt_state[1][0].mu
 
-    plain, plain_metrics = train_step()(init_state(trained_params(), adamw()), batch_of(), 8)
-    reference = plain_metrics, plain.opt_state[1][0].mu
-    assert_trees_close(gradient(options), reference, rtol=1e-4, atol=1e-7)
+    assert_trees_close(
+        gradient(dataclasses.replace(COMPUTE, **options)), gradient(COMPUTE), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.slow
 def test_half_precision_stays_close_and_keeps_float32_parameters():
-    half = make_train_step(network_graph(TINY | {"precision": "bfloat16"}), adamw(), OPTIONS, ONE_DEVICE)
-    state = init_state(trained_params(), adamw())
-    new_state, metrics = jax.jit(half, static_argnums=2)(state, batch_of(), 8)
+    half, state = train_step(compute=Compute(precision="bfloat16")), init_state(trained_params(), adamw())
+    new_state, metrics = half(state, batch_of(), 8)
     reference = train_step()(state, batch_of(), 8)[1]
     assert float(metrics["loss"]) == pytest.approx(float(reference["loss"]), rel=0.02)
     assert {x.dtype for x in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
 
 
 def test_network_without_classes_ignores_labels():
-    network = jax.jit(nnx.merge(network_graph(TINY | {"num_classes": 0}), trained_params(num_classes=0)))
+    data = DATA._replace(num_classes=0)
+    network = jax.jit(nnx.merge(network_graph(METHOD, data, COMPUTE), trained_params(data)))
     x, c_noise = batch_of(2)["clean"], jnp.zeros(2)
     np.testing.assert_array_equal(
         network(x, c_noise, jnp.array([1, 2])), network(x, c_noise, jnp.array([-1, 4]))
@@ -305,8 +303,9 @@ def test_network_without_classes_ignores_labels():
 
 def test_initialisation_is_the_papers():
     """Zero: every modulation, the bridge and the output; normal 0.02: embeddings; Xavier elsewhere."""
-    options = TINY | {"hidden_size": 256, "decoder_hidden_size": 128}
-    model = nnx.merge(network_graph(options), jax.jit(lambda: init_params(options, 0))())
+    network = dataclasses.replace(NETWORK, hidden_size=256, decoder_hidden_size=128)
+    wide = MaskDiT(network=network), DATA, COMPUTE
+    model = nnx.merge(network_graph(*wide), jax.jit(lambda: init_params(*wide, 0))())
     stacks = (model.encoder.layers, model.decoder.layers)
     zero = [s.modulation.linear.kernel for s in stacks]
     zero += [part.linear.kernel for m in (model.bridge, model.output) for part in (m, m.modulation)]
@@ -333,7 +332,9 @@ def test_warm_up_is_linear_and_moves_on_the_first_update():
 
 @pytest.mark.parametrize("schedule", ["cosine4", "exp", "linear", "constant"])
 def test_mask_schedule_compiles_at_most_sixteen_programs_and_ends_exactly(schedule):
-    num_keep, levels = keep_schedule(256, 1000, schedule, 0.5, 0.0)
+    method = dataclasses.replace(METHOD, mask_schedule=schedule)
+    data = Shape(image_size=32, channels=4, num_classes=0)  # 256 tokens
+    num_keep, levels = rounded_schedule(functools.partial(method.num_keep, data, num_steps=1000), 1000)
     visited = [num_keep(step) for step in range(1000)]
     assert set(visited) <= set(levels)
     assert len(levels) <= MAX_PROGRAMS
