@@ -283,11 +283,8 @@ def check_method(config: ConfigDict) -> None:
     method = method_of(config)
     config.method.update(**as_section(method))
     check_options(method, "method.")
-<<<<<<< HEAD
     # Of the data, weights alone have saved no more than they need.
     check_options(Data(**{name: x for name, x in config.data.items() if name in vars(Data())}), "data.")
-=======
->>>>>>> refs/heads/tests
     method.check(shape_of(config))
     sampler = SamplerOptions(**config.sampling.to_dict())
     sampler.check("sampling.", levels=method.noise_levels())
