@@ -232,7 +232,7 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
         ("--labels=10", "labels 10 … 10: the model knows 0 … 9"),
         ("--labels=1,2", "2 labels for 64 seeds"),
         ("--solver=dpm", "solver='dpm': expected one of heun, euler"),
-        ("--num_steps=0", "num_steps=0: expected a whole number from 1 to 10,000"),
+        ("--num_steps=0", "num_steps=0 must be at least 1"),
         ("--batch_size=0", "--batch_size=0: expected 1 … 65,536"),
         ("--format=jpg", "--format=jpg: 'jpg' is unknown; known: png, npz, grid"),
         ("--guidance_interval=3", "--guidance_interval=3: expected LOW,HIGH"),
