@@ -116,7 +116,5 @@ def test_a_config_of_another_method_beside_the_file_is_refused(tmp_path):
     about["config"]["method"] = {"name": "maskdit", **as_section(method)}
     about["config"]["sampling"] = sampling_section(method.sampler)
     (tmp_path / "out" / CONFIG).write_text(json.dumps(about))
-    with pytest.raises(
-        UserError, match=r"is a MaskDM, but the config\.json beside it says method\.name"
-    ):
+    with pytest.raises(UserError, match=r"is a MaskDM, but the config\.json beside it says method\.name"):
         import_torch(tmp_path / "out/model.safetensors", tmp_path / "again")
