@@ -11,6 +11,6 @@ def get_config():
     config = digits_maskdm_pretrain.get_config()
     config.init_weights = "params"
     config.method.mask_type = "none"
-    config.training.num_steps = 1_000
+    config.training.num_steps = 750
     config.optimizer.learning_rate = 5e-4
     return config

@@ -14,7 +14,7 @@ def get_config():
     config.method.network.update(size="custom", hidden_size=96, depth=5, num_heads=4, patch_size=2)
     config.method.update(mask_type="block", mask_ratio=0.5, block_size=2)
     config.compute.update(precision="float32", unroll="full")
-    config.training.update(num_steps=2_000, batch_size=128)
+    config.training.update(num_steps=1_500, batch_size=128)
     config.ema.update(decay=0.995, rule="warmup")
     config.optimizer.update(
         learning_rate=2e-3, b1=0.99, b2=0.99, weight_decay=0.03, clip_norm=1.0, warmup_kimg=25.6
