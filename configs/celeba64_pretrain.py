@@ -7,20 +7,13 @@ Data: a folder of the images, cropped and resized as wished. Then configs/celeba
 Published: 200k steps of 256. Not run here.
 """
 
-from configs import base
+from configs import celebahq256_pretrain
 
 
 def get_config():
-    config = base.get_config("maskdm")
-    config.data.update(
-        source="folder:data/celeba64", space="pixels", image_size=64, channels=3, num_classes=0
-    )
-    config.data.num_threads = 8
+    config = celebahq256_pretrain.get_config()
+    config.data.update(source="folder:data/celeba64", image_size=64)
     config.method.network.size = "S/4"
-    config.method.update(noise_schedule="linear", mask_type="block", mask_ratio=0.5, block_size=4)
-    config.training.update(num_steps=200_000, batch_size=256)
-    config.ema.update(decay=0.999, rule="warmup")
-    config.optimizer.update(learning_rate=2e-4, b1=0.99, b2=0.99, weight_decay=0.03)
-    config.checkpoint.every_steps = 10_000
-    config.report.preview_steps = 10_000
+    config.method.update(noise_schedule="linear", mask_ratio=0.5)
+    config.optimizer.clip_norm = 0.0
     return config

@@ -17,7 +17,7 @@ from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork, mask_ratio_at
 from maskdit_jax.methods.method import Shape, init_params, network_graph
 from maskdit_jax.models.blocks import gelu
 from maskdit_jax.models.compute import Compute
-from maskdit_jax.models.masking import keep_tokens, random_mask, restore_tokens
+from maskdit_jax.models.masking import random_mask, restore_tokens
 from maskdit_jax.training.ema import update_ema
 from maskdit_jax.training.optimizer import (
     MAX_PROGRAMS,
@@ -150,20 +150,6 @@ def test_hidden_patches_get_no_denoising_gradient():
     assert hidden.mean() == 10 / 16
     assert (np.asarray(gradient)[hidden] == 0).all()
     assert (np.asarray(gradient)[~hidden] != 0).all()
-
-
-def test_keeping_takes_the_visible_tokens_and_its_gradient_is_autodiff_of_a_gather():
-    x = jax.random.normal(jax.random.key(0), (3, NUM_TOKENS, 4))
-    mask = random_mask(jax.random.uniform(jax.random.key(2), (3, NUM_TOKENS)), 5)
-    weights = jax.random.normal(jax.random.key(1), (3, 5, 4))
-
-    def by_gather(x):
-        return x[jnp.arange(3)[:, None], mask.keep_ids]
-
-    np.testing.assert_array_equal(keep_tokens(x, mask), by_gather(x))
-    ours = jax.grad(lambda x: (keep_tokens(x, mask) * weights).sum())(x)
-    np.testing.assert_array_equal(ours, jax.grad(lambda x: (by_gather(x) * weights).sum())(x))
-    assert keep_tokens(x, None) is x
 
 
 def test_restoring_puts_every_visible_token_back_and_filler_elsewhere():

@@ -93,22 +93,8 @@ permute_tokens.defvjp(
 
 
 def keep_tokens(x: jax.Array, mask: TokenMask | None) -> jax.Array:
-    """Visible tokens [B, K, D] of x [B, N, D], in their order in the mask."""
-    return x if mask is None else _keep(x, mask.keep_ids, mask.restore_ids)
-
-
-@jax.custom_vjp
-def _keep(x: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -> jax.Array:
-    return _take(x, keep_ids)
-
-
-def _keep_backward(restore_ids, g):
-    """Again a gather, where autodiff would leave a scatter-add: each token's gradient, or a row of zeros."""
-    holes = ((0, 0), (0, restore_ids.shape[1] - g.shape[1]), (0, 0))
-    return _take(jnp.pad(g, holes), restore_ids), None, None
-
-
-_keep.defvjp(lambda x, keep_ids, restore_ids: (_take(x, keep_ids), restore_ids), _keep_backward)
+    """Visible tokens [B, K, D] of x [B, N, D]. For inputs and constants: the gradient would be a scatter."""
+    return x if mask is None else _take(x, mask.keep_ids)
 
 
 def keep_rows(table: jax.Array, mask: TokenMask) -> jax.Array:
