@@ -12,7 +12,9 @@ from configs import base
 
 def get_config():
     config = base.get_config("maskdm")
-    config.data.update(source="folder:data/celeba64", space="pixels", image_size=64, channels=3, num_classes=0)
+    config.data.update(
+        source="folder:data/celeba64", space="pixels", image_size=64, channels=3, num_classes=0
+    )
     config.data.num_threads = 8
     config.method.network.size = "S/4"
     config.method.update(noise_schedule="linear", mask_type="block", mask_ratio=0.5, block_size=4)

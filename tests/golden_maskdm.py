@@ -8,6 +8,7 @@ from functools import cached_property
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from golden_case import GOLDEN, channels_last
@@ -54,9 +55,9 @@ def named_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def token_mask(removed: np.ndarray, num_patches: int) -> TokenMask:
     """Of a golden's mask [B, E + N], True = removed; the visible tokens stay in their order."""
     removed = removed[:, removed.shape[1] - num_patches :]
-    shuffle_ids = np.argsort(removed, axis=1, kind="stable").astype(np.int32)
+    shuffle_ids = jnp.argsort(removed, axis=1, stable=True)
     num_keep = int((~removed[0]).sum())
-    return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, np.argsort(shuffle_ids, axis=1).astype(np.int32))
+    return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, jnp.argsort(shuffle_ids, axis=1))
 
 
 def assert_close(actual, expected, tolerance: float) -> None:

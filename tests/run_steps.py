@@ -22,9 +22,11 @@ from maskdit_jax.training.build import build
 NUM_STEPS, BAD_STEP = 20, 3
 
 
-def run_steps(data: int, fsdp: int) -> tuple[list[dict[str, float]], list[np.ndarray]]:
-    """Metrics of each step, and the parameters and EMA after them."""
-    config = tiny_config({"mesh.data": data, "mesh.fsdp": fsdp}, devices=data * fsdp)
+def run_steps(
+    data: int, fsdp: int, recipe: str = "digits"
+) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Metrics of each step of a tiny recipe, and the parameters and EMA after them."""
+    config = tiny_config({"mesh.data": data, "mesh.fsdp": fsdp}, data * fsdp, recipe)
     training = build(config)
     state = training.start(None)
     random = np.random.default_rng(0)

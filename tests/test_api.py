@@ -1,5 +1,6 @@
 """The Model object: denoising, guidance, and samples that depend on seed, label and options only."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -17,15 +18,23 @@ from maskdit_jax.diffusion.solvers import SamplerOptions, integrate, sigma_grid
 from maskdit_jax.methods.method import init_params, network_graph
 
 ROOT = Path(__file__).parent.parent
-SMALL = """
+SMALL = {
+    "digits": """
     method.network.hidden_size=32 method.network.depth=1 method.network.num_heads=2
     method.network.decoder_hidden_size=16 method.network.decoder_depth=1 method.network.decoder_num_heads=2
-""".split()
+    """.split(),
+    "digits_maskdm_pretrain": """
+    method.network.hidden_size=32 method.network.depth=3 method.network.num_heads=2
+    """.split(),
+}
 NO_DECODER = ["method.network.use_decoder=false", "method.mae_coef=0"]
 # Small programs, as compilation is what these tests wait for.
 QUICK = {"num_steps": 3, "solver": "euler"}
 # With churn every draw, not the first only, must be from the image's own seed.
-GUIDED_AND_STOCHASTIC = {"num_steps": 4, "solver": "euler", "cfg_scale": 1.5, "S_churn": 2.0}
+GUIDED_AND_STOCHASTIC = {
+    "digits": {"num_steps": 4, "solver": "euler", "cfg_scale": 1.5, "S_churn": 2.0},
+    "digits_maskdm_pretrain": {"num_steps": 4, "cfg_scale": 1.5, "eta": 1.0},
+}
 SEEDS = [7, 0, 2**32 - 1, 3, 12, 25, 1, 4, 30, 2]
 LABELS = [0, 1, 2, 3, 4, 5, 9, -1, 0, 9]
 
@@ -35,10 +44,10 @@ def network_of(config):
     return method_of(config), shape_of(config), compute_of(config)
 
 
-def small_model(num_devices: int, options: list[str]) -> Model:
-    """A digits model whose parameters are all random: a fresh one outputs zeros."""
-    overrides = [f"--config.{option}" for option in SMALL + options]
-    config = resolve(load(ROOT / "configs/digits.py", overrides), device_count=num_devices)
+def small_model(num_devices: int, options: list[str], recipe: str = "digits") -> Model:
+    """A model of a recipe whose parameters are all random: a fresh one outputs zeros."""
+    overrides = [f"--config.{option}" for option in SMALL[recipe] + options]
+    config = resolve(load(ROOT / f"configs/{recipe}.py", overrides), device_count=num_devices)
     shapes = jax.eval_shape(lambda: init_params(*network_of(config), 0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
@@ -112,12 +121,13 @@ def test_sampling_at_cfg_scale_one_is_sampling_without_guidance(model):
     np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def reference_samples() -> np.ndarray:
+@functools.cache
+def reference_samples(recipe: str) -> np.ndarray:
     assert jax.device_count() == 8
-    return small_model(8, []).sample(SEEDS, LABELS, batch_size=64, **GUIDED_AND_STOCHASTIC)
+    return small_model(8, [], recipe).sample(SEEDS, LABELS, batch_size=64, **GUIDED_AND_STOCHASTIC[recipe])
 
 
+@pytest.mark.parametrize("recipe", SMALL)
 @pytest.mark.parametrize(
     ("batch_size", "num_devices"),
     [
@@ -125,12 +135,12 @@ def reference_samples() -> np.ndarray:
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 8), (7, 1), (64, 1), (64, 8)]),
     ],
 )
-def test_image_is_the_same_at_any_batch_size_and_mesh(reference_samples, num_devices, batch_size):
-    model = small_model(num_devices, [])
+def test_image_is_the_same_at_any_batch_size_and_mesh(recipe, num_devices, batch_size):
+    model = small_model(num_devices, [], recipe)
     assert model.mesh.size == num_devices
-    samples = model.sample(SEEDS, LABELS, batch_size=batch_size, **GUIDED_AND_STOCHASTIC)
+    samples = model.sample(SEEDS, LABELS, batch_size=batch_size, **GUIDED_AND_STOCHASTIC[recipe])
     assert np.isfinite(samples).all()
-    np.testing.assert_allclose(samples, reference_samples, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(samples, reference_samples(recipe), rtol=0, atol=1e-5)
 
 
 def test_guidance_interval_decides_which_noise_levels_are_guided(model):

@@ -142,7 +142,7 @@ def test_mistake_in_a_file_is_one_line_that_says_where(text, fragments, tmp_path
     [
         ("digit", "digits.py"),
         ("configs/digit.py", "digits.py"),
-        ("nowhere/at/all.py", "in256.py"),
+        ("nowhere/at/all.py", "digits.py"),
         ("configs", "in256.py"),
         ("digits.yaml", "digits.py"),
     ],

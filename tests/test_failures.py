@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import two_process_flags
-from tiny import arrays_of, command_environment, flip_one_byte, steps_of, tiny_flags
+from tiny import RECIPES, arrays_of, command_environment, flip_one_byte, steps_of, tiny_flags
 from tiny import difference as distance
 
 pytestmark = pytest.mark.processes
@@ -32,8 +32,8 @@ CAN_MOUNT = shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "t
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="this system lets nobody mount a file system")
 
 
-def command(workdir: Path, options: dict | None = None, *more: str) -> list[str]:
-    train = [sys.executable, "-m", "maskdit_jax.main", *tiny_flags(OPTIONS | (options or {}))]
+def command(workdir: Path, options: dict | None = None, *more: str, recipe: str = "digits") -> list[str]:
+    train = [sys.executable, "-m", "maskdit_jax.main", *tiny_flags(OPTIONS | (options or {}), recipe)]
     return [*train, f"--workdir={workdir}", *more]
 
 
@@ -105,30 +105,35 @@ def kill_inside_a_save(process: subprocess.Popen, workdir: Path) -> str:
     return process.communicate()[0]
 
 
-def test_sigkill_at_random_moments(reference, tmp_path, outcome):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sigkill_at_random_moments(recipe, reference, tmp_path, outcome):
     """Five kills, two of them inside a save: the end is the same to the last bit."""
+    if recipe != "digits":
+        reference = tmp_path / "reference"
+        finish(command(reference, recipe=recipe))
+    workdir = tmp_path / "run"
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed {seed}")  # pytest shows it with a failure
     moments = random.Random(seed)
     said = []
     for number in range(5):
-        process = start(command(tmp_path))
+        process = start(command(workdir, recipe=recipe))
         if number == 0:
             said.append(kill_after(process, rf"^step {moments.randint(1, 9)}/", moments.uniform(0, 0.05)))
         elif number % 2:
-            said.append(kill_inside_a_save(process, tmp_path))
+            said.append(kill_inside_a_save(process, workdir))
         else:
-            wait_for_step(tmp_path, moments.randint(*((11, 25) if number == 2 else (36, 45))))
+            wait_for_step(workdir, moments.randint(*((11, 25) if number == 2 else (36, 45))))
             time.sleep(moments.uniform(0, 0.05))
             process.kill()
             said.append(process.communicate()[0])
         assert process.returncode == -signal.SIGKILL, said
-    said.append(finish(command(tmp_path)))
+    said.append(finish(command(workdir, recipe=recipe)))
     resumed = [int(step) for text in said for step in re.findall(r"^resumed at step (\d+) ", text, re.M)]
     assert resumed == sorted(resumed)
     assert 0 < resumed[-1] < NUM_STEPS
-    assert difference(tmp_path, reference) == 0
-    outcome(f"5 × SIGKILL, 2 inside a save (seed {seed})", f"resumed at {resumed}", "same bits")
+    assert difference(workdir, reference) == 0
+    outcome(f"{recipe}: 5 × SIGKILL, 2 inside a save (seed {seed})", f"resumed at {resumed}", "same bits")
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(reference, tmp_path, outcome):

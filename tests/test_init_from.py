@@ -94,7 +94,7 @@ def image_folder(folder, classes):
     return {"data.source": f"folder:{folder}", "data.channels": 3, "data.num_classes": classes}
 
 
-def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, messages, caplog):
+def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
     """Masked pre-training of MaskDM; then whole images, twice as large, of three classes instead of two."""
     small = SMALL_UVIT | image_folder(tmp_path / "two", 2) | {"data.image_size": 8}
     old = run(tmp_path / "pretrained", "digits_maskdm_pretrain", small).params
@@ -102,9 +102,10 @@ def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, messages
     large |= {"init_from": str(tmp_path / "pretrained"), "optimizer.learning_rate": 1e-30}
     large |= {"optimizer.weight_decay": 0, "optimizer.warmup_kimg": 0}
     new = run(tmp_path / "tuned", "digits_maskdm_finetune", large).params
-    assert "init_from: positions.table is interpolated from 4×4 to 8×8 patches" in caplog.text
-    assert "init_from: label_embedding.table [3, 32] is made anew: the classes are others" in caplog.text
-    assert "raw weights, from which the EMA starts too, from step 2" in caplog.text
+    said = capsys.readouterr().out
+    assert "init_from: positions.table is interpolated from 4×4 to 8×8 patches" in said
+    assert "init_from: label_embedding.table [3, 32] is made anew: the classes are others" in said
+    assert "raw weights, from which the EMA starts too, from step 2" in said
     assert new["positions"]["table"].shape == (64, 32)
     assert old["positions"].pop("table").shape == (16, 32)
     assert new["label_embedding"].pop("table").shape == (3, 32)

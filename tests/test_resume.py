@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import (
     NUM_STEPS,
+    RECIPES,
     SAVE_EVERY,
     arrays_of,
     difference,
@@ -26,8 +27,8 @@ from maskdit_jax.distributed.hosts import PREEMPTED
 from maskdit_jax.training.checkpoint import DamagedError
 
 
-def train(workdir: Path, options: dict | None = None) -> None:
-    main.main([f"--workdir={workdir}", *tiny_flags(options)])
+def train(workdir: Path, options: dict | None = None, recipe: str = "digits") -> None:
+    main.main([f"--workdir={workdir}", *tiny_flags(options, recipe)])
 
 
 class TerminatedAt(logging.Handler):
@@ -50,31 +51,42 @@ def copy(run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch) -> tuple[Path, int]:
-    """A run that got SIGTERM at an odd step, which no checkpoint was due at: its folder and that step."""
-    handler = TerminatedAt(r"step 3/")
-    monkeypatch.setattr(main, "log_to_stdout", lambda: logging.getLogger("maskdit_jax").addHandler(handler))
-    logging.getLogger("maskdit_jax").setLevel(logging.INFO)
-    with pytest.raises(SystemExit) as end:
-        train(tmp_path / "run", {"checkpoint.every_steps": NUM_STEPS})
-    monkeypatch.undo()
-    assert end.value.code == PREEMPTED
-    (step,) = steps_of(tmp_path / "run")
-    assert 3 <= step < NUM_STEPS
-    return tmp_path / "run", step
+def stop(tmp_path, monkeypatch):
+    """Train a recipe until SIGTERM at an odd step, at which no checkpoint is due: its folder, that step."""
+
+    def stop(recipe: str) -> tuple[Path, int]:
+        log, handler = logging.getLogger("maskdit_jax"), TerminatedAt(r"step 3/")
+        monkeypatch.setattr(main, "log_to_stdout", lambda: log.addHandler(handler))
+        log.setLevel(logging.INFO)
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path / "run", {"checkpoint.every_steps": NUM_STEPS}, recipe)
+        monkeypatch.undo()
+        log.removeHandler(handler)
+        assert end.value.code == PREEMPTED
+        (step,) = steps_of(tmp_path / "run")
+        assert 3 <= step < NUM_STEPS
+        return tmp_path / "run", step
+
+    return stop
 
 
-def test_stopped_and_resumed_run_ends_with_the_same_bits(stopped, run, capsys):
-    workdir, step = stopped
-    train(workdir, {"checkpoint.every_steps": NUM_STEPS})
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
+)
+def test_stopped_and_resumed_run_ends_with_the_same_bits(stop, run, recipe, tmp_path, capsys):
+    if recipe != "digits":  # which `run` is
+        run = tmp_path / "whole"
+        train(run, {}, recipe)
+    workdir, step = stop(recipe)
+    train(workdir, {"checkpoint.every_steps": NUM_STEPS}, recipe)
     assert f"resumed at step {step} " in capsys.readouterr().out
     assert difference(arrays_of(workdir), arrays_of(run)) == 0
 
 
 @pytest.mark.slow
-def test_run_goes_on_on_another_mesh(stopped, run, capsys):
+def test_run_goes_on_on_another_mesh(stop, run, capsys):
     """From 8×1 to 2×4 devices (data × fsdp)."""
-    workdir, step = stopped
+    workdir, step = stop("digits")
     train(workdir, {"mesh.data": 2, "mesh.fsdp": 4, "checkpoint.every_steps": NUM_STEPS})
     said = capsys.readouterr().out
     assert f"resumed at step {step} " in said

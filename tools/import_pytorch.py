@@ -1,4 +1,4 @@
-"""PyTorch weights of a MaskDiT or DiT → a folder that works like a run's: sample, tune from it, export it."""
+"""PyTorch weights of a MaskDiT, DiT or MaskDM → a folder that works like a run's: sample it, tune from it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, type=Path, help=".safetensors or .pt file")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument("--model", help="what is expected, such as MaskDiT-XL/2 or DiT-B/4")
-    parser.add_argument("--image_size", type=int, help="what is expected, in latent pixels")
+    parser.add_argument("--image_size", type=int, help="what is expected, of latents or of images")
     parser.add_argument("--num_classes", type=int, help="what is expected; 0: unconditional")
     parser.add_argument("--num_heads", type=int, help="of the encoder, for a size that is not published")
     parser.add_argument("--decoder_num_heads", type=int, help="of the decoder, likewise")

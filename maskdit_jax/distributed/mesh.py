@@ -97,8 +97,8 @@ def check_fits(state: Any) -> None:
     if each > limit:
         raise UserError(
             f"parameters, EMA and optimizer take {whole / 1e9:,.1f} GB, {each / 1e9:,.1f} GB of them on each "
-            f"device, which has {limit / 1e9:,.1f} GB: choose a smaller method.network.size, or share them "
-            "between more devices with mesh.fsdp"
+            f"device, which has {limit / 1e9:,.1f} GB: choose a smaller network, or share them between "
+            "more devices with mesh.fsdp"
         )
 
 

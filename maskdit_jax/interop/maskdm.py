@@ -140,5 +140,5 @@ def describe(method: Any, data: Any) -> dict[str, str]:
         "Classes": f"{classes}, one token in front of the time; no class is a learned token"
         if classes
         else "unconditional",
-        "Prediction": "the noise in a DDPM's image at an integer time; config.json says which times",
+        "Prediction": f"the noise, DDPM of {method.timesteps:,} timesteps, {method.noise_schedule} schedule",
     }

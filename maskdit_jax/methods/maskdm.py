@@ -46,7 +46,7 @@ class UViTNetwork:
     size: str = option("B/4", "S or B / patch size, for the four numbers below that are 0; or custom")
     hidden_size: int = option(0, "width; 0: from `size`", at_least=1, at_most=2**16)
     depth: int = option(
-        0, "⌊depth/2⌋ blocks, one, ⌊depth/2⌋ blocks; 0: from `size`", at_least=1, at_most=1_000
+        0, "⌊depth/2⌋ blocks, one, ⌊depth/2⌋ blocks; 0: from `size`", at_least=2, at_most=1_000
     )
     num_heads: int = option(0, "attention heads; 0: from `size`", at_least=1)
     patch_size: int = option(0, "pixels per side of a patch; 0: from `size`", at_least=1)

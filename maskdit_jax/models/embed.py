@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskdit_jax.models.masking import TokenMask, keep_tokens
+from maskdit_jax.models.masking import TokenMask, keep_rows
 
 NOISE_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -151,6 +151,6 @@ class PositionTable(nnx.Module):
 
     def __call__(self, tokens: jax.Array, mask: TokenMask | None) -> jax.Array:
         table = self.table[...]
-        positions = jnp.broadcast_to(table, (len(tokens), *table.shape))
-        # The sum over the batch that is the table's gradient is taken in float32.
-        return (tokens + keep_tokens(positions, mask)).astype(tokens.dtype)
+        positions = table[None] if mask is None else keep_rows(table, mask)
+        # In float32, so that the sum over the batch that is the table's gradient is taken in it.
+        return (tokens + positions).astype(tokens.dtype)

@@ -111,6 +111,31 @@ def _keep_backward(restore_ids, g):
 _keep.defvjp(lambda x, keep_ids, restore_ids: (_take(x, keep_ids), restore_ids), _keep_backward)
 
 
+def keep_rows(table: jax.Array, mask: TokenMask) -> jax.Array:
+    """Rows [B, K, D] of a table [N, D], one row for each token: those of the visible ones."""
+    return _keep_rows(table, mask.keep_ids)
+
+
+@jax.custom_vjp
+def _keep_rows(table: jax.Array, keep_ids: jax.Array) -> jax.Array:
+    return jnp.take(table, keep_ids, axis=0, mode="clip")
+
+
+def _keep_rows_backward(saved, g):
+    """Sample after sample, in each of which a row is there once: no collisions, nothing of size [B, N, D]."""
+    table, keep_ids = saved
+
+    def add(i, total):
+        return total.at[keep_ids[i]].add(g[i], unique_indices=True, mode="promise_in_bounds")
+
+    return jax.lax.fori_loop(0, len(g), add, jnp.zeros_like(table)), None
+
+
+_keep_rows.defvjp(
+    lambda table, keep_ids: (_keep_rows(table, keep_ids), (table, keep_ids)), _keep_rows_backward
+)
+
+
 def restore_tokens(kept: jax.Array, mask: TokenMask | None, filler: jax.Array) -> jax.Array:
     """Tokens [B, N, D]: the visible ones [B, K, D] at their places, `filler` [D] in the holes."""
     if mask is None:
