@@ -113,8 +113,7 @@ def test_guided_is_unconditional_plus_scale_times_difference(model, noisy, scale
 
 def test_sampling_at_cfg_scale_one_is_sampling_without_guidance(model):
     noise = [jax.random.normal(jax.random.fold_in(jax.random.key(s), 0), (8, 8, 1)) for s in SEEDS[:4]]
-    sigmas = sigma_grid(QUICK["num_steps"])
-    options = SamplerOptions(solver="euler")
+    sigmas, options = sigma_grid(QUICK["num_steps"]), SamplerOptions(**QUICK)
     expected = integrate(model, jnp.stack(noise), jnp.array(LABELS[:4]), sigmas, options)
     samples = model.sample(SEEDS[:4], LABELS[:4], batch_size=4, cfg_scale=1.0, **QUICK)
     assert samples.shape == (4, 8, 8, 1)
@@ -198,6 +197,7 @@ def test_unconditional_model_knows_no_class_only(unconditional):
         ({"cfg": 2.0}, ["'cfg' is unknown", "cfg_scale"]),
         ({"solver": "dpm"}, ["solver='dpm'", "heun", "euler"]),
         ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        ({"num_steps": 10_001}, ["num_steps=10001", "at most 10,000"]),
         ({"num_steps": 2.5}, ["num_steps=2.5", "a whole number"]),
         ({"rho": 1e-30}, ["rho=1e-30", "do not fall"]),
         ({"guidance_interval": (3, 3)}, ["guidance_interval=(3, 3)", "low < high"]),

@@ -413,9 +413,8 @@ def test_unconditional_model_takes_data_with_any_classes(folder):
 
 @pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])
 def test_unknown_source_lists_the_known_ones(name):
-    with user_error(
-        f"data.source={name!r}", "digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH, tfds:NAME"
-    ):
+    known = "digits[:FIRST-LAST[:COUNT]], latents:FOLDER, folder:PATH, tfds:NAME"
+    with user_error(f"data.source={name!r}", known):
         open_source(name, WANTED, space="latents")
 
 

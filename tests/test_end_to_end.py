@@ -201,7 +201,8 @@ def test_main_refuses_what_cannot_be_trained(capsys, tmp_path, options, named):
 
 
 def test_main_names_the_configs_when_there_is_no_such_file(capsys, tmp_path):
-    error = refusal(capsys, main.main, main_flags(tmp_path / "run", config="digit"))
+    flags = [f"--config={ROOT / 'configs/digit.py'}", f"--workdir={tmp_path / 'run'}"]
+    error = refusal(capsys, main.main, flags)
     assert "digit.py: no such" in error
     assert "digits.py" in error
 
@@ -231,8 +232,9 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
         ("--labels=cat", "--labels=cat: expected integers up to"),
         ("--labels=10", "labels 10 … 10: the model knows 0 … 9"),
         ("--labels=1,2", "2 labels for 64 seeds"),
-        ("--solver=dpm", "solver='dpm': expected one of heun, euler"),
+        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler, ddim, ancestral"),
         ("--num_steps=0", "num_steps=0 must be at least 1"),
+        ("--num_steps=10001", "num_steps=10001 must be at most 10,000"),
         ("--batch_size=0", "--batch_size=0: expected 1 … 65,536"),
         ("--format=jpg", "--format=jpg: 'jpg' is unknown; known: png, npz, grid"),
         ("--guidance_interval=3", "--guidance_interval=3: expected LOW,HIGH"),
