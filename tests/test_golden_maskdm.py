@@ -123,6 +123,7 @@ def test_initialisation():
             assert value.std() == pytest.approx(0.02, rel=4 / np.sqrt(value.size)), path
 
 
+@pytest.mark.slow
 def test_half_precision_and_recomputation():
     """bfloat16 is close, gradients are float32, and what is computed again gives the same gradients."""
     options = {"image_size": 8, "channels": 1, "num_classes": 3, "patch_size": 2, "hidden_size": 32}

@@ -11,7 +11,7 @@ from maskdit_jax import main
 from maskdit_jax.config_file import load
 from maskdit_jax.training.init_from import adapt
 
-# A MaskDiT on latents, as the recipes of ImageNet configure it, cut down to the digits.
+# The recipes of ImageNet, cut down to the digits.
 SMALL_IN256 = {
     "data.source": "digits",
     "data.space": "pixels",
@@ -35,7 +35,7 @@ SMALL_UVIT = {
 }
 
 
-def run(workdir, config, options):
+def trained(workdir, config, options):
     main.main([f"--workdir={workdir}", *tiny_flags(options, config)])
     return restored(workdir)[0]
 
@@ -45,15 +45,15 @@ def assert_the_same(new, old):
     np.testing.assert_allclose(new, old, rtol=0, atol=1e-20)
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """A finished masked run of the ImageNet recipe, cut down."""
-    workdir = tmp_path_factory.mktemp("in256") / "run"
-    run(workdir, "in256", SMALL_IN256 | {"training.num_steps": 3})
-    return workdir
+@pytest.fixture
+def pretrained(run):
+    """A finished masked run: the tiny digits' network is that of the ImageNet recipe, so cut down."""
+    return run
 
 
-@pytest.mark.parametrize("chosen", ["both", "params", "ema"])
+@pytest.mark.parametrize(
+    "chosen", ["params", *(pytest.param(other, marks=pytest.mark.slow) for other in ("both", "ema"))]
+)
 def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_path, chosen):
     """The weight of a loss decides no parameter; the sets of weights are those that were chosen."""
     old = restored(pretrained)[0]
@@ -65,7 +65,7 @@ def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_
         "optimizer.learning_rate": 1e-30,  # lost to rounding: what it started from is still there
         "ema.decay": 1.0,
     }
-    new = run(tmp_path / "tuned", "in256_tune", options)
+    new = trained(tmp_path / "tuned", "in256_tune", options)
     params, ema = {
         "both": (old.params, old.ema["ema"]),
         "params": (old.params, old.params),
@@ -97,11 +97,11 @@ def image_folder(folder, classes):
 def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
     """Masked pre-training of MaskDM; then whole images, twice as large, of three classes instead of two."""
     small = SMALL_UVIT | image_folder(tmp_path / "two", 2) | {"data.image_size": 8}
-    old = run(tmp_path / "pretrained", "digits_maskdm_pretrain", small).params
+    old = trained(tmp_path / "pretrained", "digits_maskdm_pretrain", small).params
     large = SMALL_UVIT | image_folder(tmp_path / "three", 3) | {"data.image_size": 16}
     large |= {"init_from": str(tmp_path / "pretrained"), "optimizer.learning_rate": 1e-30}
     large |= {"optimizer.weight_decay": 0, "optimizer.warmup_kimg": 0}
-    new = run(tmp_path / "tuned", "digits_maskdm_finetune", large).params
+    new = trained(tmp_path / "tuned", "digits_maskdm_finetune", large).params
     said = capsys.readouterr().out
     assert "init_from: positions.table is interpolated from 4×4 to 8×8 patches" in said
     assert "init_from: label_embedding.table [3, 32] is made anew: the classes are others" in said
@@ -114,12 +114,12 @@ def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
 
 
 def test_interpolated_positions_keep_a_linear_table_linear_and_classes_may_go():
-    ramp = jnp.arange(4.0)[:, None] + 10 * jnp.arange(4.0)[None]  # [row, column]
-    saved = {"positions": {"table": ramp.reshape(16, 1)}, "label_embedding": {"table": jnp.ones((2, 1))}}
+    ramp = jnp.arange(8.0)[:, None] + 10 * jnp.arange(8.0)[None]  # [row, column]
+    saved = {"positions": {"table": ramp.reshape(64, 1)}, "label_embedding": {"table": jnp.ones((2, 1))}}
     notes: list[str] = []
-    adapted = adapt(saved, {"positions": {"table": jnp.zeros((64, 1))}}, notes)
-    table = np.asarray(adapted["positions"]["table"]).reshape(8, 8)
-    inner = table[2:-2, 2:-2]  # the border is extrapolated
+    adapted = adapt(saved, {"positions": {"table": jnp.zeros((256, 1))}}, notes)
+    table = np.asarray(adapted["positions"]["table"]).reshape(16, 16)
+    inner = table[4:-4, 4:-4]  # nearer to the border there is nothing to look at on the other side
     np.testing.assert_allclose(np.diff(inner, axis=0), 0.5, atol=1e-5)
     np.testing.assert_allclose(np.diff(inner, axis=1), 5, atol=1e-5)
     np.testing.assert_allclose(inner.mean(), ramp.mean(), atol=1e-5)
