@@ -7,13 +7,15 @@ import jax
 import pytest
 from tiny import ROOT
 
-from maskdit_jax.config import compute_of, leaves, method_of, resolve, shape_of
+from maskdit_jax.config import ConfigDict, compute_of, leaves, method_of, resolve, shape_of
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
+from maskdit_jax.methods.method import Shape
 from maskdit_jax.models.compute import Compute
 from maskdit_jax.saved_config import saved_config
 from maskdit_jax.training.build import build
+from maskdit_jax.training.init_from import check_same_network
 
 # What a run of configs/digits.py saved before there were methods, as it was read from its checkpoint.
 RUN = json.loads((ROOT / "tests/config_before_methods.json").read_text())
@@ -89,6 +91,13 @@ def test_mask_token_was_there_where_the_loss_had_a_weight(changes, has_token):
     config = saved_config(old_run(**changes))
     assert config.method.network.mask_token == has_token
     assert ("mask_token" in build(config).state_shapes.params) == has_token
+
+
+def test_a_network_without_decoder_is_the_same_in_old_and_new_configurations():
+    old = saved_config(old_run(diffusion__mae_coef=0.0, model__use_decoder=False))
+    new = ConfigDict(new_run())
+    new.method.mae_coef, new.method.network.use_decoder = 0.0, False  # and nothing said of its mask token
+    check_same_network(old, new, "there", *Shape._fields)
 
 
 @pytest.mark.parametrize("content", [RUN, old_import(), new_run()], ids=["run", "import", "today"])

@@ -15,7 +15,7 @@ from maskdit_jax.data.codec import Codec
 from maskdit_jax.distributed.mesh import AXES, make_mesh, state_shardings
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork, mask_ratio_at
 from maskdit_jax.methods.method import Shape, init_params, network_graph
-from maskdit_jax.models.blocks import gelu
+from maskdit_jax.models.blocks import BlockStack, gelu
 from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.masking import random_mask, restore_tokens
 from maskdit_jax.training.ema import update_ema
@@ -150,6 +150,26 @@ def test_hidden_patches_get_no_denoising_gradient():
     assert hidden.mean() == 10 / 16
     assert (np.asarray(gradient)[hidden] == 0).all()
     assert (np.asarray(gradient)[~hidden] != 0).all()
+
+
+def test_a_stack_in_two_parts_is_the_whole_and_emits_what_each_block_returned():
+    class Add(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.bias = nnx.Param(jax.random.normal(rngs.params(), (4,)))
+
+        def __call__(self, x, scale, skip):
+            return scale * x + self.bias[...][None, None] + skip
+
+    stack = BlockStack(Add, 5, compute=COMPUTE, rngs=nnx.Rngs(0))
+    x, skips = jnp.ones((2, 3, 4)), jax.random.normal(jax.random.key(1), (5, 2, 3, 4))
+    whole, emitted = stack(x, 0.5, own=skips, emit=True)
+    first, some = stack(x, 0.5, own=skips[:2], stop=2, emit=True)
+    np.testing.assert_array_equal(stack(first, 0.5, own=skips[2:], start=2), whole)
+    np.testing.assert_array_equal(emitted[:2], some)
+    np.testing.assert_array_equal(emitted[-1], whole)
+    np.testing.assert_allclose(
+        emitted[0], 0.5 * x + stack.layers.bias[...][0][None, None] + skips[0], rtol=1e-6
+    )
 
 
 def test_restoring_puts_every_visible_token_back_and_filler_elsewhere():

@@ -42,6 +42,8 @@ class MaskDiTNetwork:
 
     def __post_init__(self):
         fill_size(self, maskdit.SIZES, maskdit.PATCH_SIZES)
+        if not self.use_decoder:  # nothing stands where patches are hidden
+            object.__setattr__(self, "mask_token", False)
 
 
 class MaskDiTDraws(NamedTuple):

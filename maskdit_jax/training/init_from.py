@@ -33,8 +33,10 @@ def start_from(config: ConfigDict, training: Training) -> TrainState:
 
     def restore(step: int, meta: dict[str, Any]) -> dict[str, Params]:
         saved = ConfigDict(meta["config"])
-        check_same_network(saved, config, folder)
+        check_same_network(saved, config, folder, "channels")
         method, data, compute = method_of(saved), shape_of(saved), compute_of(saved)
+        if data.image_size != config.data.image_size:
+            log.info(f"init_from: data.image_size={config.data.image_size} here, {data.image_size} there")
         shapes = place_shapes(jax.eval_shape(lambda: init_params(method, data, compute, 0)), training.mesh)
         wanted = WEIGHTS if chosen == "both" else (chosen,)
         return {name: checkpoints.restore_weights(step, meta, WEIGHTS[name], shapes) for name in wanted}
