@@ -118,6 +118,7 @@ def test_same_command_again_says_finished_and_changes_nothing(run, capsys):
 # Other weights, other models
 
 
+@pytest.mark.slow
 def test_init_from_starts_from_weights_and_ema_with_a_fresh_optimizer(run, tmp_path, capsys):
     """After one update nothing is further from the other run than one step of AdamW goes."""
     main.main(main_flags(tmp_path, {"training.num_steps": 1, "init_from": run}))

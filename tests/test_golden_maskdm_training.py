@@ -18,7 +18,7 @@ from maskdit_jax.models.compute import Compute
 from maskdit_jax.training.optimizer import make_optimizer
 
 COMPUTE = Compute(precision="float32", unroll="none")
-NAMES = ["uncond", "cond"]
+NAMES = [pytest.param("uncond", marks=pytest.mark.slow), "cond"]
 
 
 class TrainingCase:
@@ -101,6 +101,7 @@ def test_gradient_of_every_parameter(name):
             assert_close(gradient[name.removeprefix("grad/")], case.arrays[name], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_six_adamw_steps(name):
     """Loss, gradient norm and one weight's norm in each, three weights at the end."""

@@ -94,6 +94,7 @@ def image_folder(folder, classes):
     return {"data.source": f"folder:{folder}", "data.channels": 3, "data.num_classes": classes}
 
 
+@pytest.mark.slow
 def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
     """Masked pre-training of MaskDM; then whole images, twice as large, of three classes instead of two."""
     small = SMALL_UVIT | image_folder(tmp_path / "two", 2) | {"data.image_size": 8}

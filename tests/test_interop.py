@@ -83,6 +83,7 @@ def test_export_import_export_is_byte_identical(size, num_classes, variant, tmp_
     assert_same_tensors(load_file(first), original)
 
 
+@pytest.mark.slow
 def test_pt_file_keeps_raw_weights_and_ema_apart(tensors, tmp_path):
     ema = random_tensors(SMALL, seed=1)
     as_torch = {

@@ -30,7 +30,7 @@ def test_every_method_of_the_package_has_a_table_of_names():
     assert layout_of("no_method") is None
 
 
-@pytest.mark.parametrize("name", ["cond", "alt"])
+@pytest.mark.parametrize("name", ["cond", pytest.param("alt", marks=pytest.mark.slow)])
 def test_golden_weights_in_predict_the_golden_noise_and_out_are_the_same(name, tmp_path, caplog):
     case = maskdm_case(name)
     tensors, heads = case.tensors(), case.network.num_heads
