@@ -8,7 +8,7 @@ import jax
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import Parser, UserError, one_line_errors
-from maskdit_jax.training.benchmark import benchmark, compile_step
+from maskdit_jax.training.benchmark import benchmark, compile_step, describe_program
 from maskdit_jax.training.build import build
 
 
@@ -32,8 +32,9 @@ def main() -> None:
             config.training.batch_size = flags.batch
         config = resolve(config, device_count=jax.device_count())
         if flags.compile_only:
-            _, seconds = compile_step(config, build(config))
+            compiled, seconds = compile_step(config, build(config))
             result = {"batch_size": config.training.batch_size, "compile_s": seconds}
+            result |= describe_program(compiled)
         else:
             result = benchmark(config, blocks=flags.blocks, steps=flags.steps)
         result = {"config": flags.config, "overrides": overrides} | result

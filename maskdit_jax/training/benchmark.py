@@ -21,6 +21,19 @@ def compile_step(config: ConfigDict, training: Training) -> tuple[Any, float]:
     return lowered.compile(), time.monotonic() - started
 
 
+def describe_program(compiled: Any) -> dict[str, float]:
+    """Bytes that a compiled step holds at once, donated buffers counted once; FLOPs that XLA counts in it.
+
+    The body of a rolled loop is counted once: compare FLOPs with compute.unroll=full.
+    """
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return {
+        "program_bytes": held - memory.alias_size_in_bytes,
+        "program_flops": compiled.cost_analysis()["flops"],
+    }
+
+
 def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     """Time `blocks` blocks of `steps` training steps of `config`, resolved, after a warm-up.
 
@@ -52,7 +65,6 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     run(WARM_UP_STEPS)
     times = [run(steps) for _ in range(blocks)]
     step_s = statistics.median(times)
-    memory = compiled.memory_analysis()
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} × {jax.device_count()}",
@@ -64,10 +76,6 @@ def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
         "step_s": step_s,
         "step_s_min_max": [min(times), max(times)],
         "images_per_s": batch_size / step_s,
-        # Of the compiled program: what it holds at once, donated buffers counted once.
-        "program_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        **describe_program(compiled),
         "peak_bytes_in_use": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
