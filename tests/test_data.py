@@ -219,6 +219,7 @@ def folder(moments, tmp_path):
 
 
 WANTED = Shape(image_size=4, channels=3, num_classes=40)
+WANTED_DIGITS = Shape(image_size=8, channels=1, num_classes=10)
 
 
 def test_shards_give_back_the_moments(folder, moments):
@@ -409,6 +410,23 @@ def test_every_difference_of_shape_is_in_the_message():
 
 def test_unconditional_model_takes_data_with_any_classes(folder):
     assert len(open_source(f"latents:{folder}", WANTED._replace(num_classes=0), space="latents")) == 22
+
+
+def test_some_of_the_digits_are_the_first_of_their_classes():
+    every, some = Digits("train"), open_source("digits:8-9:60", WANTED_DIGITS, space="pixels")
+    assert len(some) == 60
+    assert set(some.labels) == {8, 9}
+    eights_and_nines = np.isin(every.labels, [8, 9])
+    np.testing.assert_array_equal(some.images, every.images[eights_and_nines][:60])
+    assert set(open_source("digits:0-7", WANTED_DIGITS, space="pixels").labels) == set(range(8))
+
+
+@pytest.mark.parametrize(
+    "name", ["digits:", "digits:9-8", "digits:8", "digits:0-9:0", "digits:0-10", "digits:٣-٤"]
+)
+def test_digits_that_there_are_not_are_refused(name):
+    with user_error(f"data.source={name!r}", "digits:FIRST-LAST:COUNT"):
+        open_source(name, WANTED_DIGITS, space="pixels")
 
 
 @pytest.mark.parametrize("name", ["", "digit", "imagenet:/data"])

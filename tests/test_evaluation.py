@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from golden_case import GOLDEN
 
-from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance, nearest_distance
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,10 @@ def test_distance_is_the_published_evaluators(golden, name, second, count, toler
     """ADM's evaluator on the same features; 20 samples of 64 features have singular covariances."""
     result = distance(golden["pool_ref"][:count], golden[second][:count])
     assert result == pytest.approx(float(golden[name]), rel=tolerance, abs=tolerance)
+
+
+def test_nearest_distance_is_that_of_all_pairs_and_zero_to_a_set_that_holds_it():
+    a, b = np.random.default_rng(0).standard_normal((2, 7, 5)).astype(np.float32)
+    pairs = np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).sum(axis=-1))
+    assert nearest_distance(a, b) == pytest.approx(pairs.min(axis=1).mean(), rel=1e-9)
+    assert nearest_distance(a, np.concatenate([b, a])) == pytest.approx(0, abs=1e-6)
