@@ -78,10 +78,10 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
     """Measure samples of seeds 0 … num_samples - 1, with the labels of the run's training images in turn.
 
     class_share: share of samples that a support vector machine, trained on the real training split,
-    assigns to the class asked for. frechet_distance: in pixel space, to the held-out digits of the run's
-    classes; that of the real training split beside it says what a perfect model could reach.
-    nearest_training_image: mean distance to the nearest of the images that the run was trained on, with
-    that of the held-out digits: samples much nearer than those are copies.
+    assigns to the class asked for. METRICS, in pixel space: frechet_distance to the held-out digits of the
+    run's classes, beside that of the real training split, which a perfect model could reach;
+    nearest_training_image, the mean distance to the nearest image that the run was trained on, beside that
+    of the held-out digits: samples much nearer than these are copies.
     """
     from sklearn.svm import SVC  # scikit-learn is slow to import
 
@@ -112,7 +112,6 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
             **measure(images),
             "sampling_s": time.monotonic() - started,
         }
-    of_held_out = measure(held_out.images)
     return {
         "num_samples": num_samples,
         "seeds": [0, num_samples - 1],
@@ -121,7 +120,7 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
         **results,
         "classifier_accuracy_on_held_out": classifier.score(_features(held_out.images), held_out.labels),
         "real_train_frechet_distance": measure(real.images)["frechet_distance"],
-        "held_out_nearest_training_image": of_held_out["nearest_training_image"],
+        "held_out": measure(held_out.images),
     }
 
 
@@ -133,20 +132,24 @@ def _features(images: np.ndarray) -> np.ndarray:
 def describe_card(card: dict[str, Any]) -> str:
     """The card as lines for a person."""
     real = card["real_train_frechet_distance"]
+    others = [name for name in METRICS if name != "frechet_distance"]
     lines = [
         f"evaluation card ({card['num_samples']} samples, {card['sampler']['num_steps']} "
         f"{card['sampler']['solver']} steps)",
         f"  classifier on held-out real digits  {card['classifier_accuracy_on_held_out']:.3f}",
         f"  Fréchet distance of real training digits to held-out ones  {real:.3f}",
-        "  nearest training image of held-out digits, mean distance  "
-        f"{card['held_out_nearest_training_image']:.3f}",
+        *(f"  {_words(name)} of held-out digits  {card['held_out'][name]:.3f}" for name in others),
     ]
     for name in (name for name in ("guided", "unguided") if name in card):
         r = card[name]
         lines.append(
             f"  {name:<8} (cfg_scale {r['cfg_scale']:g})  class share {r['class_share']:.3f}  Fréchet "
-            f"distance {r['frechet_distance']:.3f} = {r['frechet_distance'] / real:.2f} × real  nearest "
-            f"training image {r['nearest_training_image']:.3f}"
+            f"distance {r['frechet_distance']:.3f} = {r['frechet_distance'] / real:.2f} × real"
+            + "".join(f"  {_words(name)} {r[name]:.3f}" for name in others)
         )
     lines.append(f"  training {card['training_s']:.0f} s, {card['training_images_per_s']:,.0f} images/s")
     return "\n".join(lines)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
