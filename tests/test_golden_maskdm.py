@@ -112,6 +112,7 @@ def test_missing_and_unexpected_names():
             LAYOUT.from_torch(tensors | {name: np.zeros(1, np.float32)}, case.network)
 
 
+@pytest.mark.slow
 def test_initialisation():
     """Linear maps, tables, positions: truncated, of standard deviation 0.02; biases 0, scales 1."""
     case = maskdm_case("cond")

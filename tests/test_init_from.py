@@ -51,9 +51,8 @@ def pretrained(run):
     return run
 
 
-@pytest.mark.parametrize(
-    "chosen", ["params", *(pytest.param(other, marks=pytest.mark.slow) for other in ("both", "ema"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["both", "params", "ema"])
 def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_path, chosen):
     """The weight of a loss decides no parameter; the sets of weights are those that were chosen."""
     old = restored(pretrained)[0]

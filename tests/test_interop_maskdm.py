@@ -30,7 +30,8 @@ def test_every_method_of_the_package_has_a_table_of_names():
     assert layout_of("no_method") is None
 
 
-@pytest.mark.parametrize("name", ["cond", pytest.param("alt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cond", "alt"])
 def test_golden_weights_in_predict_the_golden_noise_and_out_are_the_same(name, tmp_path, caplog):
     case = maskdm_case(name)
     tensors, heads = case.tensors(), case.network.num_heads
@@ -63,6 +64,7 @@ def test_golden_weights_in_predict_the_golden_noise_and_out_are_the_same(name, t
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_options_of_the_export_are_kept(tmp_path):
     """Of a .pt file with both sets; what tensors do not tell is in the config.json beside it."""
     tensors = maskdm_case("uncond").tensors()

@@ -109,6 +109,7 @@ def alter_meta(item: Path) -> None:
     file.write_text(re.sub(r'"items_consumed": ?(\d)', r'"items_consumed": 7\1', file.read_text()))
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_passed_over_and_made_again(copy, run, capsys):
     """The steps after the one before are trained again, to the same bits."""
     newest, before = NUM_STEPS, NUM_STEPS - SAVE_EVERY

@@ -203,6 +203,7 @@ def test_gradient_of_restoring_equals_autodiff_of_a_scatter():
     assert_trees_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_ema_follows_the_numpy_loop():
     step, batch = train_step(), batch_of()
     batch["clean"] = jnp.where(batch["labels"][:, None, None, None] > 2, 0.5, -0.5) + 0 * batch["clean"]
