@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance_interval", help="LOW,HIGH: the noise levels that are guided")
     for name, field, kind in each_option(SamplerOptions):
         if name != "guidance_interval":
-            parse = _parse_truth if kind is bool else kind
+            parse = true_or_false if kind is bool else kind
             parser.add_argument(f"--{name}", type=parse, help=f"{field.metadata['help']}; default: the run's")
     add_flags(parser)
     flags = parser.parse_args(arguments)
@@ -144,7 +144,7 @@ def _parse_formats(text: str | None, makes_pixels: bool) -> list[str]:
     return formats
 
 
-def _parse_truth(text: str) -> bool:
+def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError
     return text.lower() == "true"
