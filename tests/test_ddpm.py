@@ -210,5 +210,5 @@ def test_every_solver_and_grid_samples_a_gaussian_with_a_noise_predictor(solver,
         )
     )  # fmt: skip
     samples = np.asarray(sample(jnp.arange(16, dtype=jnp.uint32)))
-    assert samples.std() == pytest.approx(std, rel=0.03 if solver == "heun" else 0.15)
+    assert samples.std() == pytest.approx(std, rel=0.05 if solver == "heun" else 0.15)
     assert abs(samples.mean()) < 0.05
