@@ -1,19 +1,16 @@
 """What Python sees: a trained model from the folder of a run or an import."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
+from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.vae import open_codec
-from maskdit_jax.distributed.mesh import make_mesh, place_shapes
+from maskdit_jax.distributed.mesh import make_mesh
 from maskdit_jax.errors import UserError
-from maskdit_jax.methods.method import Params, init_params
 from maskdit_jax.models.compute import PRECISIONS
 from maskdit_jax.sampling import Model, Origin
-from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints, open_run
+from maskdit_jax.training.checkpoint import WEIGHTS, open_run
 
 
 def load(
@@ -39,7 +36,7 @@ def load(
             raise UserError(f"{name}={value!r} is unknown; known: {', '.join(choices)}")
     checkpoints, mesh = open_run(path), make_mesh(jax.device_count(), 1)
     step, meta, params = checkpoints.newest_healthy(
-        lambda step, meta: _restore(checkpoints, step, meta, mesh, weights)
+        lambda step, meta: checkpoints.restore_weights(step, meta, weights, mesh)
     )
     checkpoints.close()
     config = ConfigDict(meta["config"])
@@ -65,13 +62,7 @@ def other_weights(model: Model, weights: str) -> Model:
     checkpoints = open_run(origin.workdir)
     if origin.step not in checkpoints.steps:
         raise UserError(f"{origin.workdir} no longer holds step {origin.step:,}: load it anew")
-    params = _restore(checkpoints, origin.step, checkpoints.meta(origin.step), model.mesh, weights)
+    meta = checkpoints.meta(origin.step)
+    params = checkpoints.restore_weights(origin.step, meta, weights, model.mesh)
     checkpoints.close()
     return Model(model.config, params, model.mesh, model.codec, origin)
-
-
-def _restore(checkpoints: Checkpoints, step: int, meta: dict[str, Any], mesh: Mesh, weights: str) -> Params:
-    config = ConfigDict(meta["config"])
-    method, data, compute = method_of(config), shape_of(config), compute_of(config)
-    shapes = place_shapes(jax.eval_shape(lambda: init_params(method, data, compute, 0)), mesh)
-    return checkpoints.restore_weights(step, meta, WEIGHTS[weights], shapes)

@@ -5,6 +5,7 @@ float, str, or another record. A configuration is such records by the names of i
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -39,13 +40,9 @@ def check_options(record: Any, prefix: str = "") -> None:
       UserError: a value is of another type, not known, out of range or not finite; `prefix` goes before
         its name.
     """
-    hints = get_type_hints(type(record))
-    for field in dataclasses.fields(record):
-        name, value = prefix + field.name, getattr(record, field.name)
-        if dataclasses.is_dataclass(value):
-            check_options(value, f"{name}.")
-        elif _RANGE in field.metadata:
-            check_option(name, value, field, hints[field.name])
+    for name, field, kind in each_option(type(record)):
+        if _RANGE in field.metadata:
+            check_option(prefix + name, functools.reduce(getattr, name.split("."), record), field, kind)
 
 
 def check_option(name: str, value: Any, field: dataclasses.Field, kind: type) -> None:

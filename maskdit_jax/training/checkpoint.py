@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
 from maskdit_jax.distributed.digest import digest
 from maskdit_jax.distributed.hosts import everywhere, from_first
+from maskdit_jax.distributed.mesh import place_shapes
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import MAX_JSON_BYTES, check_folder
 from maskdit_jax.log import log
-from maskdit_jax.methods.method import Params
+from maskdit_jax.methods.method import Params, init_params
 from maskdit_jax.saved_config import saved_config
 from maskdit_jax.training.state import TrainState
 
@@ -178,15 +181,19 @@ class Checkpoints:
         ema = {track: items.pop(f"{track}_params") for track in shapes.ema}
         return TrainState(**items.pop("counters"), **items, ema=ema)
 
-    def restore_weights(self, step: int, meta: dict[str, Any], item: str, shapes: Params) -> Params:
-        """`params` or `ema_params` alone; one set stands for both.
+    def restore_weights(self, step: int, meta: dict[str, Any], weights: str, mesh: Mesh) -> Params:
+        """The set "ema" or "params" alone, of the network that `meta` configures; one set stands for both.
 
         Raises:
           DamagedError: it cannot be read, or was altered.
         """
+        item = WEIGHTS[weights]
         if item not in meta["digests"]:
             (item,) = (name for name in WEIGHTS.values() if name != item)
-        return self._restore(step, meta, item, shapes)
+        config = ConfigDict(meta["config"])
+        network = method_of(config), shape_of(config), compute_of(config)
+        shapes = jax.eval_shape(lambda: init_params(*network, 0))
+        return self._restore(step, meta, item, place_shapes(shapes, mesh))
 
     def _restore(self, step: int, meta: dict[str, Any], item: str, shapes: Any) -> Any:
         restored = self._read(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(shapes))

@@ -1,11 +1,9 @@
 """The average of the weights, and the rules by which it follows them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
+from maskdit_jax.methods.method import Params
 
 
 def ema_decay_at(rule: str, decay: float, update: jax.Array) -> float | jax.Array:

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
-from maskdit_jax.distributed.mesh import place_shapes
+from maskdit_jax.config import ConfigDict, method_of
 from maskdit_jax.errors import UserError
 from maskdit_jax.log import log
-from maskdit_jax.methods.method import Params, init_params
+from maskdit_jax.methods.method import Params
 from maskdit_jax.options import as_section
 from maskdit_jax.training.build import Training
 from maskdit_jax.training.checkpoint import WEIGHTS, open_run
@@ -34,12 +33,11 @@ def start_from(config: ConfigDict, training: Training) -> TrainState:
     def restore(step: int, meta: dict[str, Any]) -> dict[str, Params]:
         saved = ConfigDict(meta["config"])
         check_same_network(saved, config, folder, "channels")
-        method, data, compute = method_of(saved), shape_of(saved), compute_of(saved)
-        if data.image_size != config.data.image_size:
-            log.info(f"init_from: data.image_size={config.data.image_size} here, {data.image_size} there")
-        shapes = place_shapes(jax.eval_shape(lambda: init_params(method, data, compute, 0)), training.mesh)
+        here, there = config.data.image_size, saved.data.image_size
+        if here != there:
+            log.info(f"init_from: data.image_size={here} here, {there} there")
         wanted = WEIGHTS if chosen == "both" else (chosen,)
-        return {name: checkpoints.restore_weights(step, meta, WEIGHTS[name], shapes) for name in wanted}
+        return {name: checkpoints.restore_weights(step, meta, name, training.mesh) for name in wanted}
 
     step, _, sets = checkpoints.newest_healthy(restore)
     checkpoints.close()
