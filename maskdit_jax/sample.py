@@ -15,7 +15,7 @@ import numpy as np
 
 from maskdit_jax.api import load
 from maskdit_jax.data.images import save_png, tile, to_uint8
-from maskdit_jax.diffusion.solvers import SamplerOptions, count_denoiser_calls
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.distributed.hosts import add_flags, joined, shared_flags
 from maskdit_jax.errors import Parser, UserError, shown
 from maskdit_jax.log import log, log_to_stdout
@@ -99,8 +99,8 @@ def write_samples(model: Model, flags: argparse.Namespace) -> None:
         shown = np.concatenate(kept)[:MAX_GRID]
         save_png(flags.out / "grid.png", tile(shown, columns=round(len(shown) ** 0.5)))
     seconds = time.monotonic() - started
-    calls = count_denoiser_calls(options.num_steps, options.solver)
-    guided = f", each on both halves of cfg_scale {options.cfg_scale:g}" * (options.cfg_scale != 1)
+    calls = model.nfe(**dataclasses.asdict(options))
+    guided = f", those of cfg_scale {options.cfg_scale:g} included" * (options.cfg_scale != 1)
     log.info(
         f"wrote {len(seeds):,} samples ({', '.join(formats)}) to {flags.out} in {seconds:.1f} s: "
         f"{len(seeds) / seconds:.1f} samples/s, {calls} network calls each{guided}"
