@@ -89,8 +89,8 @@ def _sample(flags: argparse.Namespace) -> None:
     )
     guided = f" at cfg_scale {about['sampler']['cfg_scale']:g}" * (about["sampler"]["cfg_scale"] != 1)
     log.info(
-        f"{about['num_samples']:,} samples of step {about['step']:,} in {flags.out}, labels {about['labels']}, "
-        f"{about['nfe']} network calls each{guided}; {time.monotonic() - started:.1f} s"
+        f"{about['num_samples']:,} samples of step {about['step']:,} in {flags.out}, labels "
+        f"{about['labels']}, {about['nfe']} network calls each{guided}; {time.monotonic() - started:.1f} s"
     )
 
 

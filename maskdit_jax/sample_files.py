@@ -24,7 +24,7 @@ from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, locked, read_json, remove
 from maskdit_jax.interop import layout_of
 from maskdit_jax.log import duration, log
-from maskdit_jax.sampling import MAX_SEED, Model
+from maskdit_jax.sampling import MAX_SEED, Model, check_batch_size, check_seeds
 
 ABOUT, ARRAYS, GRID, PARTS = "samples.json", "samples.npz", "grid.png", "parts"
 FORMATS = ("png", "npz", "grid")
@@ -70,7 +70,8 @@ def write_samples(
       UserError: an option, seed or label that does not exist, or `out` holds other samples.
     """
     out, formats = Path(out), _check_formats(formats, model.makes_pixels)
-    seed_array = np.asarray(seeds, np.int64).reshape(-1)
+    check_batch_size(batch_size)
+    seed_array = check_seeds(seeds).astype(np.int64)
     if len(np.unique(seed_array)) < len(seed_array):
         raise UserError("seeds: one stands there twice, but an image of a seed is one file")
     rule, label_array = choose_labels(model, seed_array, labels)
@@ -181,7 +182,7 @@ def _describe(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """What `samples.json` holds."""
-    chosen, layout = model.sampler_options(**options), layout_of(model.config.method.name)
+    chosen, layout = model.sampler_options(weak, **options), layout_of(model.config.method.name)
     pairs = np.stack([seeds, labels.astype(np.int64)])
     about = {
         "format": 1,
@@ -191,7 +192,7 @@ def _describe(
         "precision": model.config.compute.precision,
         "vae": model.codec.autoencoder is not None,
         "sampler": dataclasses.asdict(chosen),
-        "nfe": model.nfe(**options),
+        "nfe": model.nfe(weak, **options),
         "seeds": as_ranges(seeds),
         "labels": rule,
         "given_labels": hashlib.sha256(pairs.tobytes()).hexdigest() if rule == "given" else "",

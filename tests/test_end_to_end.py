@@ -159,7 +159,7 @@ def test_files_of_the_sample_command_are_the_samples_of_the_model(run, tmp_path,
     flags = [f"--workdir={run}", f"--out={tmp_path}", "--seeds=0-4,9", "--labels=7", "--cfg_scale=3"]
     sample.main([*flags, "--num_steps=3", "--format=png,npz,grid", "--batch_size=8"])
     said = capsys.readouterr().out
-    assert f"6 samples of step 8 in {tmp_path}, labels class 7, 10 network calls each at cfg_scale 3" in said
+    assert f"6 samples of step 8 in {tmp_path}, labels class 7, 6 network calls each at cfg_scale 3" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000", "grid.png", "samples.json", "samples.npz"]
     names = [f"{seed:06d}.png" for seed in (0, 1, 2, 3, 4, 9)]
     assert sorted(p.name for p in (tmp_path / "000000").iterdir()) == names
@@ -235,7 +235,7 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
         ("--labels=cat", "--labels=cat: expected integers up to"),
         ("--labels=10", "labels 10 … 10: the model knows 0 … 9"),
         ("--labels=1,2", "2 labels for 64 seeds"),
-        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler, ddim, ancestral"),
+        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler, dpmpp_2m, ddim, ancestral"),
         ("--num_steps=0", "num_steps=0 must be at least 1"),
         ("--num_steps=10001", "num_steps=10001 must be at most 10,000"),
         ("--batch_size=0", "batch_size=0: expected 1 … 65,536"),
