@@ -87,12 +87,11 @@ class Model:
         Raises:
           UserError: an option, seed or label that does not exist, or noise or a weak model of another shape.
         """
-        sampler, seed_array = self.sampler_options(weak, **options), _check_seeds(seeds)
+        sampler, seed_array = self.sampler_options(weak, **options), check_seeds(seeds)
         label_array, count = self.check_labels(seed_array, labels), len(seed_array)
         if noise is not None and np.shape(noise) != (count, *self.image_shape):
             raise UserError(f"noise has shape {np.shape(noise)}, expected {(count, *self.image_shape)}")
-        if not 1 <= batch_size <= MAX_BATCH_SIZE:
-            raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
+        check_batch_size(batch_size)
         batch_size *= self.mesh.size
         images = []
         for start in range(0, count, batch_size):
@@ -154,11 +153,18 @@ class Model:
         return wide.astype(np.int32)
 
 
-def _check_seeds(seeds: ArrayLike) -> np.ndarray:
+def check_seeds(seeds: ArrayLike) -> np.ndarray:
+    """Seeds [n] uint32, of integers that are."""
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
         raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")
     return wide.astype(np.uint32)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a number of images that no device is given at once."""
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
 
 
 def _check_alike(model: Model, weak: Model) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     ["distributed", "interop", "data"],
     ["sampling"],
     ["training"],
-    ["api", "exchange", "model_card", "evaluation"],
+    ["api", "exchange", "model_card", "evaluation", "sample_files", "plots"],
     ["main", "sample", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
