@@ -175,8 +175,9 @@ class SamplerOptions:
             )
         if not all(np.isfinite(steps.rows.weights).all() for steps in plan):
             raise UserError(
-                f"{prefix}schedule={self.schedule!r}: it has no times for all of the noise levels between "
-                f"{prefix}sigma_min={self.sigma_min} and {prefix}sigma_max={self.sigma_max}; use linear"
+                f"{prefix}schedule={self.schedule!r} and {prefix}scaling={self.scaling!r} cannot be computed "
+                f"between {prefix}sigma_min={self.sigma_min} and {prefix}sigma_max={self.sigma_max}; use "
+                "linear and none"
             )
 
 
