@@ -31,11 +31,12 @@ from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.card import finish
-from maskdit_jax.interop import autoencoder, maskdit
+from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
 from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.compute import Compute
+from maskdit_jax.models.inception import Conv
 from maskdit_jax.training.checkpoint import Checkpoints, _meta_digest
 
 ROOT = Path(__file__).parent.parent
@@ -357,6 +358,31 @@ def autoencoder_files() -> dict[str, bytes]:
 
 
 READERS["autoencoder"] = Reader(lambda folder: copy_of(autoencoder_files(), folder / "vae"), load_autoencoder)
+
+
+# Weights: Inception's, of a network of one layer of each kind
+
+
+class TinyInception(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.fc = Conv(3, 2, 3, rngs=rngs), nnx.Linear(2, 4, rngs=rngs)
+
+
+def write_inception(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"first.bn.{name}": np.ones(2, np.float32) for name in inception._NORM}
+    tensors |= {"first.conv.weight": np.zeros((2, 3, 3, 3), np.float32), "fc.bias": np.zeros(4, np.float32)}
+    tensors |= {"fc.weight": np.zeros((4, 2), np.float32)}
+    save_file(tensors, folder / "in.safetensors")
+    return folder / "in.safetensors"
+
+
+def read_inception(path: Path) -> object:
+    shapes = nnx.split(nnx.eval_shape(lambda: TinyInception(nnx.Rngs(0))))[1]
+    return inception.read_weights(path, nnx.to_pure_dict(shapes))
+
+
+READERS["inception"] = Reader(write_inception, read_inception)
 
 
 # A configuration, whose mistakes tests/test_config_file.py has by hand
