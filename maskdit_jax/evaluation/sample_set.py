@@ -3,6 +3,7 @@
 Images are read as they are and never resized: that would change what is measured.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ class SampleSet:
     dtype: np.dtype
     about: dict[str, Any]
     read: Callable[[int], Iterator[np.ndarray]]
+
+    def sha256(self) -> str:
+        """Of the file, where it is one."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_samples(path: str | Path, num_samples: int | None = None) -> SampleSet:
