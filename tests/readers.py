@@ -32,6 +32,8 @@ from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.card import finish
+from maskdit_jax.evaluation.features import PIXELS
+from maskdit_jax.evaluation.reference import make_reference, read_reference, write_reference
 from maskdit_jax.evaluation.sample_set import open_samples
 from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
@@ -427,3 +429,17 @@ def write_config(folder: Path) -> Path:
 
 
 READERS["config"] = Reader(write_config, lambda path: resolve(load_config(str(path)), device_count=1))
+
+
+# A reference of real images
+
+
+def write_reference_file(folder: Path) -> Path:
+    """Five images of four values each, with their features."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), np.uint8)
+    folder.mkdir(exist_ok=True)
+    write_reference(folder / "ref.npz", make_reference([images], 5, PIXELS, origin="test"))
+    return folder / "ref.npz"
+
+
+READERS["reference"] = Reader(write_reference_file, read_reference, repair_zip)

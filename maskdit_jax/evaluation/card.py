@@ -14,7 +14,8 @@ from maskdit_jax.data.images import save_png
 from maskdit_jax.data.sources import Digits, parse_digits
 from maskdit_jax.distributed.hosts import from_first
 from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.evaluation.metrics import METRICS, FeatureSets
+from maskdit_jax.evaluation.manifold import nearest
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
 from maskdit_jax.sampling import Model
@@ -78,7 +79,7 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
     """Measure samples of seeds 0 … num_samples - 1, with the labels of the run's training images in turn.
 
     class_share: share of samples that a support vector machine, trained on the real training split,
-    assigns to the class asked for. METRICS, in pixel space: frechet_distance to the held-out digits of the
+    assigns to the class asked for. In pixel space: frechet_distance to the held-out digits of the
     run's classes, beside that of the real training split, which a perfect model could reach;
     nearest_training_image, the mean distance to the nearest image that the run was trained on, beside that
     of the held-out digits: samples much nearer than these are copies.
@@ -89,10 +90,14 @@ def digits_card(model: Model, num_samples: int) -> dict[str, Any]:
     every, seen = Digits("train"), Digits("train", classes, count)
     real, held_out = Digits("train", classes), Digits("held_out", classes)
     classifier = SVC().fit(_features(every.images), every.labels)
-    sets = FeatureSets(_features(held_out.images), _features(seen.images))
+    statistics = feature_statistics(_features(held_out.images))
 
     def measure(images: np.ndarray) -> dict[str, float]:
-        return {name: metric(_features(images), sets) for name, metric in METRICS.items()}
+        features = _features(images)
+        return {
+            "frechet_distance": frechet_distance(*feature_statistics(features), *statistics),
+            "nearest_training_image": float(nearest(features, _features(seen.images))[0].mean()),
+        }
 
     seeds, labels = np.arange(num_samples), np.resize(seen.labels, num_samples)
     guided_scale, results = model.sampler_options().cfg_scale, {}
@@ -132,7 +137,7 @@ def _features(images: np.ndarray) -> np.ndarray:
 def describe_card(card: dict[str, Any]) -> str:
     """The card as lines for a person."""
     real = card["real_train_frechet_distance"]
-    others = [name for name in METRICS if name != "frechet_distance"]
+    others = ["nearest_training_image"]
     lines = [
         f"evaluation card ({card['num_samples']} samples, {card['sampler']['num_steps']} "
         f"{card['sampler']['solver']} steps)",

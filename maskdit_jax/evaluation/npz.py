@@ -22,10 +22,11 @@ _PART = 2**18  # zipfile's own reads take time by the square of their size
 
 
 class Member(NamedTuple):
-    """What the header of an array says."""
+    """What the header of an array says; `start`: where in its member its values begin."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    start: int
 
 
 class Npz:
@@ -40,7 +41,6 @@ class Npz:
         if not self.path.is_file():  # a pipe would let us wait for ever
             raise UserError(f"{path}: {'not a file' if self.path.exists() else 'no such file'}")
         self.members: dict[str, Member] = {}
-        self._starts: dict[str, int] = {}
         self._guarded(self._read_headers)
 
     def __enter__(self) -> "Npz":
@@ -68,7 +68,8 @@ class Npz:
         """
         member = self.member(name)
         with self._archive.open(f"{name}.npy") as file:
-            return self._guarded(lambda: _fill(self._values(file, name), member.shape, member.dtype))
+            file.read(member.start)
+            return self._guarded(lambda: _fill(file, member.shape, member.dtype))
 
     def batches(self, name: str, batch_size: int, count: int | None = None) -> Iterator[np.ndarray]:
         """The items of an array, or the first `count`, at most `batch_size` and BATCH_BYTES at a time.
@@ -76,19 +77,15 @@ class Npz:
         Raises:
           UserError: there is none of this name, or, when that is reached, the file is damaged.
         """
-        shape, dtype = self.member(name)
+        shape, dtype, header_bytes = self.member(name)
         item_bytes = math.prod(shape[1:]) * dtype.itemsize
         count, at_once = shape[0] if count is None else count, BATCH_BYTES // max(item_bytes, 1)
         at_once = max(min(batch_size, at_once), 1)
         with self._archive.open(f"{name}.npy") as file:
-            values = self._values(file, name)
+            file.read(header_bytes)
             for start in range(0, count, at_once):
                 part = (min(at_once, count - start), *shape[1:])
-                yield self._guarded(functools.partial(_fill, values, part, dtype))
-
-    def _values(self, file: IO[bytes], name: str) -> IO[bytes]:
-        file.read(self._starts[name])
-        return file
+                yield self._guarded(functools.partial(_fill, file, part, dtype))
 
     def _guarded(self, read: Callable[[], Any]) -> Any:
         try:
@@ -143,7 +140,7 @@ class Npz:
         expected, found = math.prod(shape) * dtype.itemsize, info.file_size - start.tell()
         if min(shape, default=0) < 0 or expected != found:
             raise UserError(f"{where} says it is {shown(str(shape))} of {dtype}, but has {found:,} bytes")
-        self.members[name], self._starts[name] = Member(shape, dtype), start.tell()
+        self.members[name] = Member(shape, dtype, start.tell())
 
 
 def _fill(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,7 @@ def _reference_for_features(path: Path) -> Reference:
     return made._replace(digest=real.sha256())
 
 
-def _choose_metrics(
-    asked: Collection[str] | None, extractor: Extractor, reference: Reference
-) -> list[str]:
+def _choose_metrics(asked: Collection[str] | None, extractor: Extractor, reference: Reference) -> list[str]:
     for name in asked or ():
         if name not in METRICS:
             raise UserError(f"metric {shown(name)} is unknown; known: {known(name, METRICS, len(METRICS))}")
@@ -199,7 +197,9 @@ def _warnings(
             f"{given.count:,} samples: published numbers are of {USUAL_SAMPLES:,}; with fewer, FID is larger"
         )
     if reference.count is not None and reference.count < FEW_REAL:
-        said.append(f"the reference is of {reference.count:,} real images: published ones are of all there are")
+        said.append(
+            f"the reference is of {reference.count:,} real images: published ones are of all there are"
+        )
     kept = _num_kept(reference)
     neighbours = [METRICS[name].label for name in names if METRICS[name].compares == "features"]
     if neighbours and kept != USUAL_KEPT:
@@ -235,13 +235,10 @@ def _picture(
     first = next(samples.read(PAIRS))
     if features_given:  # of the network nothing is here but these
         return tile(first, PAIRS_PER_ROW * 2)
-    if reference.images is None and images is not None:
-        real_set = open_samples(images)
-        count = min(real_set.count, NEIGHBOURS_FROM)
-        real = np.concatenate(list(open_samples(images, count).read(count)))
-        real_features = None
-    else:
-        real, real_features = reference.images, reference.features
+    real, real_features = reference.images, reference.features
+    if real is None and images is not None:
+        count = min(open_samples(images).count, NEIGHBOURS_FROM)
+        real, real_features = np.concatenate(list(open_samples(images, count).read(count))), None
     if real is None:
         log.info("no real images to look for neighbours in: --images=FOLDER gives some")
         return tile(first, PAIRS_PER_ROW * 2)
