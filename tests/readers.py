@@ -27,11 +27,13 @@ from safetensors.numpy import save_file
 from maskdit_jax import export_torch, import_torch, load, load_autoencoder
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load as load_config
+from maskdit_jax.data.images import save_png
 from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.features import PIXELS
 from maskdit_jax.evaluation.reference import make_reference, read_reference, write_reference
+from maskdit_jax.evaluation.sample_set import open_samples
 from maskdit_jax.finish import finish
 from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
@@ -385,6 +387,35 @@ def read_inception(path: Path) -> object:
 
 
 READERS["inception"] = Reader(write_inception, read_inception)
+
+
+# Sets of samples
+
+
+def write_samples(folder: Path) -> Path:
+    path, images = folder / "in", np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    path.mkdir(parents=True)
+    np.savez(path / "samples.npz", arr_0=images, arr_1=np.arange(3, dtype=np.int32))
+    about = {"format": 1, "num_samples": 3, "image_shape": [8, 8, 3], "dtype": "uint8", "finished": True}
+    (path / "samples.json").write_text(json.dumps(about | {"seeds": "0-2", "labels": "random"}))
+    return path
+
+
+def write_sample_images(folder: Path) -> Path:
+    path = write_samples(folder)
+    (path / "samples.npz").unlink()
+    (path / "000000").mkdir()
+    for seed in range(3):
+        save_png(path / f"000000/{seed:06d}.png", np.full((8, 8, 3), seed, np.uint8))
+    return path
+
+
+def read_samples(path: Path) -> object:
+    return [batch.sum() for batch in open_samples(path).read(2)]
+
+
+READERS["samples"] = Reader(write_samples, read_samples)
+READERS["sample images"] = Reader(write_sample_images, read_samples, repair_images)
 
 
 # A configuration, whose mistakes tests/test_config_file.py has by hand

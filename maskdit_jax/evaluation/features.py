@@ -32,11 +32,13 @@ class Extractor(NamedTuple):
     in reference files and cards, so that only like is compared with like.
     extract: images [B, H, W, C], uint8 or float32 in [-1, 1] as a model gives (or latents) → features by
     part, float32: "pool" [B, D] always, and where there are such "spatial" [B, S] and "logits" [B, K].
+    parts: which of these there are.
     """
 
     name: str
     digest: str
     extract: Callable[[np.ndarray], dict[str, np.ndarray]]
+    parts: tuple[str, ...] = ("pool",)
 
 
 def _pixels(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -81,7 +83,7 @@ def inception(path: str | Path, batch_size: int = 32) -> Extractor:
             parts.append({name: to_host(x)[: len(part)] for name, x in features.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    return Extractor("inception", file.sha256, extract)
+    return Extractor("inception", file.sha256, extract, ("pool", "spatial", "logits"))
 
 
 def _as_rgb(images: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Arrays in the .npz files of strangers: nothing is unpickled, and no size that a file claims is believed."""
 
+import functools
 import io
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,11 @@ MAX_HEADER_BYTES = 10_000
 # Compression of a member beyond which it is no data, but a bomb; what is small may be all zeros.
 MAX_RATIO, SMALL = 100, 2**24
 BATCH_BYTES = 2**28
+_PART = 2**18  # zipfile's own reads take time by the square of their size
 
 
 class Member(NamedTuple):
-    """An array in a file; `start`: where in its member its values begin."""
+    """What the header of an array says; `start`: where in its member its values begin."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -28,17 +30,35 @@ class Member(NamedTuple):
 
 
 class Npz:
-    """A .npz file: `members`, its arrays by name, of which only the headers are read at first.
+    """An open .npz file: `members`, its arrays by name, of which only the headers are read at first.
 
     Raises:
       UserError: no such file, damaged, or it holds more than plain arrays in C order.
     """
 
-    def __init__(self, path: Path):
-        if not path.is_file():  # a pipe would let us wait for ever
-            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        self.path = path
-        self.members = self._guarded(self._read_headers)
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():  # a pipe would let us wait for ever
+            raise UserError(f"{path}: {'not a file' if self.path.exists() else 'no such file'}")
+        self.members: dict[str, Member] = {}
+        self._guarded(self._read_headers)
+
+    def __enter__(self) -> "Npz":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def member(self, name: str) -> Member:
+        """Shape and type of an array.
+
+        Raises:
+          UserError: there is none of this name.
+        """
+        if name not in self.members:
+            there = ", ".join(shown(other) for other in list(self.members)[:5])
+            raise UserError(f"{self.path} has no array {name}, only {there or 'other things'}")
+        return self.members[name]
 
     def read(self, name: str) -> np.ndarray:
         """One array, whole.
@@ -46,37 +66,28 @@ class Npz:
         Raises:
           UserError: there is none of this name, or the file is damaged.
         """
-        member = self._member(name)
+        member = self.member(name)
+        with self._archive.open(f"{name}.npy") as file:
+            file.read(member.start)
+            return self._guarded(lambda: _fill(file, member.shape, member.dtype))
 
-        def read() -> np.ndarray:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as values:
-                values.read(member.start)
-                return _read_rows(values, member.shape, member.dtype)
-
-        return self._guarded(read)
-
-    def batches(self, name: str, batch_size: int, count: int) -> Iterator[np.ndarray]:
-        """The first `count` items of an array, at most `batch_size` and BATCH_BYTES of them at a time.
+    def batches(self, name: str, batch_size: int, count: int | None = None) -> Iterator[np.ndarray]:
+        """The items of an array, or the first `count`, at most `batch_size` and BATCH_BYTES at a time.
 
         Raises:
           UserError: there is none of this name, or, when that is reached, the file is damaged.
         """
-        member = self._member(name)
-        item_bytes = math.prod(member.shape[1:]) * member.dtype.itemsize
-        at_once = max(min(batch_size, BATCH_BYTES // max(item_bytes, 1)), 1)
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as values:
-            values.read(member.start)
+        shape, dtype, header_bytes = self.member(name)
+        item_bytes = math.prod(shape[1:]) * dtype.itemsize
+        count, at_once = shape[0] if count is None else count, BATCH_BYTES // max(item_bytes, 1)
+        at_once = max(min(batch_size, at_once), 1)
+        with self._archive.open(f"{name}.npy") as file:
+            file.read(header_bytes)
             for start in range(0, count, at_once):
-                shape = (min(at_once, count - start), *member.shape[1:])
-                yield self._guarded(lambda shape=shape: _read_rows(values, shape, member.dtype))
+                part = (min(at_once, count - start), *shape[1:])
+                yield self._guarded(functools.partial(_fill, file, part, dtype))
 
-    def _member(self, name: str) -> Member:
-        if name not in self.members:
-            there = ", ".join(shown(other) for other in list(self.members)[:5])
-            raise UserError(f"{self.path} has no array {name}, only {there}")
-        return self.members[name]
-
-    def _guarded(self, read):
+    def _guarded(self, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except UserError:
@@ -84,21 +95,18 @@ class Npz:
         except Exception as error:  # of a damaged archive anything can come
             raise UserError(f"{self.path} is damaged or no .npz file: {first_line(error, 150)}") from error
 
-    def _read_headers(self) -> dict[str, Member]:
+    def _read_headers(self) -> None:
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             count = count_members(file, size)
-            with zipfile.ZipFile(file) as archive:
-                infos = archive.infolist()
-                names = [info.filename for info in infos]
-                if len(set(names)) != count:
-                    raise ValueError("a directory that can be read in several ways")
-                self._check_claims(infos, size)
-                return {
-                    info.filename.removesuffix(".npy"): self._read_header(archive, info)
-                    for info in infos
-                    if info.filename.endswith(".npy")
-                }
+        self._archive = zipfile.ZipFile(self.path)
+        infos = self._archive.infolist()
+        if len({info.filename for info in infos}) != count:
+            raise ValueError("a directory that can be read in several ways")
+        self._check_claims(infos, size)
+        for info in infos:
+            if info.filename.endswith(".npy"):
+                self._read_header(info)
 
     def _check_claims(self, infos: list[zipfile.ZipInfo], size: int) -> None:
         claimed = sum(info.compress_size for info in infos)
@@ -113,10 +121,10 @@ class Npz:
                     f"{info.compress_size:,}: a decompression bomb?"
                 )
 
-    def _read_header(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
-        where = f"{self.path}: {shown(info.filename)}"
-        with archive.open(info) as member:
-            start = io.BytesIO(member.read(MAX_HEADER_BYTES + 12))
+    def _read_header(self, info: zipfile.ZipInfo) -> None:
+        where, name = f"{self.path}: {shown(info.filename)}", info.filename.removesuffix(".npy")
+        with self._archive.open(info) as file:
+            start = io.BytesIO(file.read(MAX_HEADER_BYTES + 12))
         readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
@@ -132,9 +140,17 @@ class Npz:
         expected, found = math.prod(shape) * dtype.itemsize, info.file_size - start.tell()
         if min(shape, default=0) < 0 or expected != found:
             raise UserError(f"{where} says it is {shown(str(shape))} of {dtype}, but has {found:,} bytes")
-        return Member(shape, dtype, start.tell())
+        self.members[name] = Member(shape, dtype, start.tell())
 
 
-def _read_rows(values: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    content = values.read(math.prod(shape) * dtype.itemsize)
-    return np.frombuffer(content, dtype).reshape(shape)  # of too few bytes: a ValueError
+def _fill(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The next values of a member, a little at a time, so that a large array is in memory once."""
+    content = bytearray(math.prod(shape) * dtype.itemsize)
+    done = 0
+    while done < len(content):
+        part = file.read(min(len(content) - done, _PART))
+        if not part:
+            raise EOFError("it ends early")
+        content[done : done + len(part)] = part
+        done += len(part)
+    return np.frombuffer(content, dtype).reshape(shape)
