@@ -15,8 +15,9 @@ LAYERS = [
     ["config", "saved_config", "config_file"],
     ["distributed", "interop", "data"],
     ["sampling"],
+    ["evaluation"],
     ["training"],
-    ["api", "exchange", "model_card", "evaluation", "sample_files", "plots"],
+    ["api", "exchange", "model_card", "finish", "sample_files", "plots"],
     ["main", "sample", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
