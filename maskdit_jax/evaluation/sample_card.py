@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import maskdit_jax
@@ -29,6 +30,7 @@ FEW_REAL = 10_000
 PAIRS, PAIRS_PER_ROW = 32, 4  # of the picture
 PROGRESS_S = 10
 NEIGHBOURS_FROM = 10_000  # of the images that a user gives to look for neighbours in
+WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS,)}
 
 
 def evaluate(
@@ -71,19 +73,22 @@ def evaluate(
                 f"{features} has features of {given.count:,} samples, {samples} has {sample_set.count:,}"
             )
         target = _reference_for_features(Path(reference))
-        extractor, digest = _identity(target), given.sha256()
+        # Of what others have made nobody can say whether it is the reference's: its size must do.
+        extractor = Extractor(target.extractor, target.extractor_digest, _flat)
+        digest = given.sha256()
     else:
         assert sample_set is not None
         given, target = sample_set, read_reference(reference)
         extractor = choose_extractor(target, inception, batch_size)
         digest = extractor.digest
     names = _choose_metrics(metrics, extractor, target)
+    extractor = _same_size(extractor, target)
     values = measure(with_progress(given, batch_size), extractor, target, names)
     card: dict[str, Any] = {
         "format": 1,
         "metrics": {metric_label(name, given.count): values[name] for name in names},
         "num_samples": given.count,
-        "samples": {"path": str(samples)} | (sample_set.about if sample_set is not None else {}),
+        "samples": {"path": str(samples or features)} | (sample_set.about if sample_set is not None else {}),
         "extractor": {
             "name": extractor.name if features is None else f"features of {features}",
             "sha256": digest,
@@ -112,24 +117,31 @@ def choose_extractor(reference: Reference, weights: str | Path | None, batch_siz
     """
     if weights is not None:
         return inception(weights, batch_size)
-    if reference.extractor == PIXELS.name:
-        return PIXELS
+    if reference.extractor in WITHOUT_WEIGHTS:
+        return WITHOUT_WEIGHTS[reference.extractor]
     if reference.extractor in ("", "inception"):
         raise UserError(f"the reference needs features by Inception. {WHERE}")
     raise UserError(f"the reference has features by {shown(reference.extractor)}: give --features=FILE.npz")
 
 
-def _identity(reference: Reference) -> Extractor:
-    """Of features that a user gives nobody can say whether they are the reference's: their size must do."""
-    size = len(reference.moments["pool"][0])
+def _same_size(extractor: Extractor, reference: Reference) -> Extractor:
+    """The extractor, which refuses features of another size than the reference's."""
 
-    def extract(features: np.ndarray) -> dict[str, np.ndarray]:
-        flat = features.reshape(len(features), -1)
-        if flat.shape[1] != size:
-            raise UserError(f"features of {flat.shape[1]} values, but the reference's have {size}")
-        return {"pool": flat}
+    def extract(images: np.ndarray) -> dict[str, np.ndarray]:
+        parts = extractor.extract(images)
+        for part, (mean, _) in reference.moments.items():
+            if part in parts and parts[part].shape[1] != len(mean):
+                raise UserError(
+                    f"samples {_by(images.shape[1:])} have {parts[part].shape[1]:,} features by "
+                    f"{extractor.name!r}, the reference's are {len(mean):,}: of another size or network?"
+                )
+        return parts
 
-    return Extractor(reference.extractor, reference.extractor_digest, extract)
+    return extractor._replace(extract=extract)
+
+
+def _flat(x: np.ndarray) -> dict[str, np.ndarray]:
+    return {"pool": x.reshape(len(x), -1)}
 
 
 def _reference_for_features(path: Path) -> Reference:
@@ -138,8 +150,9 @@ def _reference_for_features(path: Path) -> Reference:
     if has_statistics:
         return read_reference(path)
     real = open_features(path)
-    extractor = Extractor("features", "", lambda x: {"pool": x.reshape(len(x), -1)})
-    made = make_reference(real.read(USUAL_KEPT), real.count, extractor, origin=str(path))
+    made = make_reference(
+        real.read(USUAL_KEPT), real.count, Extractor("features", "", _flat), origin=str(path)
+    )
     return made._replace(digest=real.sha256())
 
 
@@ -168,7 +181,7 @@ def with_progress(samples: SampleSet, batch_size: int) -> Iterator[np.ndarray]:
     """The batches of a set; now and then it is said how many there were, and for how long there will be."""
     done, started = 0, time.monotonic()
     said = started
-    for batch in samples.read(max(batch_size, 1) * 8):
+    for batch in samples.read(batch_size * jax.device_count()):
         yield batch
         done += len(batch)
         now = time.monotonic()
@@ -244,10 +257,7 @@ def _picture(
         return tile(first, PAIRS_PER_ROW * 2)
     if real_features is None:
         real_features = np.concatenate([extractor.extract(part)["pool"] for part in in_batches(real)])
-    ours = extractor.extract(first)["pool"]
-    if ours.shape[1] != real_features.shape[1]:
-        raise UserError(f"images: features of {real_features.shape[1]} values, samples' {ours.shape[1]}")
-    _, places = nearest(ours, real_features)
+    _, places = nearest(extractor.extract(first)["pool"], real_features)
     pairs = [image for i, place in enumerate(places) for image in (first[i], _like(real[place], first[i]))]
     return tile(np.stack(pairs), PAIRS_PER_ROW * 2)
 
@@ -265,8 +275,7 @@ def _like(image: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _write(card: dict[str, Any], out: Path, picture: np.ndarray | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if picture is not None:
-        with appears_whole(out.with_suffix(".png")) as partial:
-            save_png(partial, picture)
+        save_png(out.with_suffix(".png"), picture)
     with appears_whole(out) as partial:
         partial.write_text(json.dumps(card, indent=1))
 
