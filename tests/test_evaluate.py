@@ -55,8 +55,8 @@ def test_the_card_says_what_was_measured_and_how(samples, real, capsys):
     (folder, images), (reference, real_images) = samples, real
     command.main([f"--samples={folder}", f"--reference={reference}"])
     card = json.loads((folder / "card.json").read_text())
-    assert set(card["metrics"]) == {metric_label(name, 40) for name in ("fid", *NEIGHBOURLY)}
-    assert card["metrics"]["FID-40"] > 0
+    assert set(card["metrics"]) == {metric_label(name, 40, "pixels") for name in ("fid", *NEIGHBOURLY)}
+    assert card["metrics"]["FID-40 (pixels)"] > 0
     assert card["samples"] == ABOUT | {"path": str(folder)}
     assert card["extractor"] == {"name": "pixels", "sha256": ""}
     assert {"count": 300, "kept": 300, "origin": "squares"}.items() <= card["reference"].items()
@@ -72,9 +72,17 @@ def test_the_card_says_what_was_measured_and_how(samples, real, capsys):
     np.testing.assert_array_equal(picture[1:9, 10:18], real_images[7, ..., 0])  # its neighbour is itself
 
 
-@pytest.mark.parametrize("count, name", [(50_000, "FID-50k"), (1437, "FID-1437"), (500, "FID-500")])
-def test_the_number_of_samples_is_in_the_name(count, name):
-    assert metric_label("fid", count) == name
+@pytest.mark.parametrize(
+    "count, extractor, name",
+    [
+        (50_000, "inception", "FID-50k"),
+        (1437, "inception", "FID-1437"),
+        (500, "inception", "FID-500"),
+        (2000, "pixels", "FID-2k (pixels)"),
+    ],
+)
+def test_the_number_of_samples_is_in_the_name(count, extractor, name):
+    assert metric_label("fid", count, extractor) == name
 
 
 def test_pngs_and_arrays_of_the_same_samples_score_alike(samples, real, tmp_path):
@@ -99,7 +107,8 @@ def test_features_of_another_network_stand_for_samples(samples, real, tmp_path):
     np.savez(tmp_path / "mine.npz", features=PIXELS.extract(images)["pool"].astype(np.float16))
     card = evaluate(None, tmp_path / "real.npz", features=tmp_path / "mine.npz", out=tmp_path / "card.json")
     expected = evaluate(folder, reference)["metrics"]
-    assert card["metrics"] == pytest.approx(expected, rel=0.02, abs=0.02)
+    as_ours = {name.replace("features", "pixels"): value for name, value in card["metrics"].items()}
+    assert as_ours == pytest.approx(expected, rel=0.02, abs=0.02)
     assert card["extractor"]["name"].endswith("mine.npz") and len(card["extractor"]["sha256"]) == 64
     assert not (tmp_path / "card.png").exists()
     np.savez(tmp_path / "short.npz", features=np.zeros((39, 64), np.float32))
@@ -144,10 +153,10 @@ def test_certification_compares_with_published_numbers(samples, real, tmp_path):
     real[0].rename(tmp_path / certify.REFERENCE)
     (samples[0] / "samples.npz").rename(tmp_path / certify.SAMPLES)
     measured = evaluate(tmp_path / certify.SAMPLES, tmp_path / certify.REFERENCE)["metrics"]
-    near, far = (certify.Published(measured["FID-40"] + off, 0.005) for off in (0.004, 0.006))
+    near, far = (certify.Published(measured["FID-40 (pixels)"] + off, 0.005) for off in (0.004, 0.006))
     rows = certify.certify(tmp_path, PIXELS, published={"fid": near, "recall": certify.Published(2, 0.005)})
     assert [row.agrees for row in rows] == [True, False]
     table = certify.describe(rows)
     assert "-0.00400     0.005\n" in table and "differs\nprecision and recall were" in table
-    assert not certify.Row("fid", measured["FID-40"], far).agrees
+    assert not certify.Row("fid", measured["FID-40 (pixels)"], far).agrees
     assert not certify.Row("fid", float("nan"), near).agrees

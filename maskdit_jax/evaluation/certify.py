@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation.features import Extractor
 from maskdit_jax.evaluation.measure import measure
 from maskdit_jax.evaluation.metrics import METRICS
 from maskdit_jax.evaluation.reference import read_reference
-from maskdit_jax.evaluation.sample_card import with_progress
+from maskdit_jax.evaluation.sample_card import with_features, with_progress
 from maskdit_jax.evaluation.sample_set import open_samples
 
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
@@ -71,7 +73,9 @@ def certify(
     """
     check_folder(Path(folder))
     samples, reference = open_samples(Path(folder) / SAMPLES), read_reference(Path(folder) / REFERENCE)
-    values = measure(with_progress(samples, batch_size), extractor, reference, list(published))
+    reference = with_features(reference, extractor, published.keys())
+    batches = with_progress(samples.read(batch_size * jax.device_count()), samples.count, "samples")
+    values = measure(batches, extractor, reference, list(published))
     return [Row(name, values[name], expected) for name, expected in published.items()]
 
 

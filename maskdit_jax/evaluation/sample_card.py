@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ USUAL_SAMPLES, USUAL_KEPT = 50_000, 10_000
 FEW_REAL = 10_000
 PAIRS, PAIRS_PER_ROW = 32, 4  # of the picture
 PROGRESS_S = 10
-NEIGHBOURS_FROM = 10_000  # of the images that a user gives to look for neighbours in
+NEIGHBOURS_FROM = 1000  # real images whose features are made for the picture alone
 WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS,)}
 
 
@@ -75,22 +75,24 @@ def evaluate(
         target = _reference_for_features(Path(reference))
         # Of what others have made nobody can say whether it is the reference's: its size must do.
         extractor = Extractor(target.extractor, target.extractor_digest, _flat)
-        digest = given.sha256()
+        network, digest = "features", given.sha256()
     else:
         assert sample_set is not None
         given, target = sample_set, read_reference(reference)
         extractor = choose_extractor(target, inception, batch_size)
-        digest = extractor.digest
+        network, digest = extractor.name, extractor.digest
     names = _choose_metrics(metrics, extractor, target)
     extractor = _same_size(extractor, target)
-    values = measure(with_progress(given, batch_size), extractor, target, names)
+    target = with_features(target, extractor, names)
+    batches = with_progress(given.read(batch_size * jax.device_count()), given.count, "samples")
+    values = measure(batches, extractor, target, names)
     card: dict[str, Any] = {
         "format": 1,
-        "metrics": {metric_label(name, given.count): values[name] for name in names},
+        "metrics": {metric_label(name, given.count, network): values[name] for name in names},
         "num_samples": given.count,
         "samples": {"path": str(samples or features)} | (sample_set.about if sample_set is not None else {}),
         "extractor": {
-            "name": extractor.name if features is None else f"features of {features}",
+            "name": network if features is None else f"{network} of {features}",
             "sha256": digest,
         },
         "reference": {
@@ -171,24 +173,38 @@ def _choose_metrics(asked: Collection[str] | None, extractor: Extractor, referen
     ]
 
 
-def metric_label(name: str, count: int) -> str:
-    """Such as FID-50k or FID-1437: a number of another count of samples is another number."""
+def metric_label(name: str, count: int, extractor: str) -> str:
+    """Such as FID-50k, FID-1437 or FID-500 (pixels): of another count, or of other features than Inception's,
+    it is another number."""
     thousands = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"{METRICS[name].label}-{thousands}"
+    return f"{METRICS[name].label}-{thousands}" + f" ({extractor})" * (extractor != "inception")
 
 
-def with_progress(samples: SampleSet, batch_size: int) -> Iterator[np.ndarray]:
-    """The batches of a set; now and then it is said how many there were, and for how long there will be."""
+def with_progress(batches: Iterable[np.ndarray], count: int, what: str) -> Iterator[np.ndarray]:
+    """The batches of `count` items; now and then the log says how many there were, and the time left."""
     done, started = 0, time.monotonic()
     said = started
-    for batch in samples.read(batch_size * jax.device_count()):
+    for batch in batches:
         yield batch
         done += len(batch)
         now = time.monotonic()
         if now - said > PROGRESS_S:
             said = now
-            left = duration((now - started) / done * (samples.count - done))
-            log.info(f"{done:,}/{samples.count:,} samples, {left} left")
+            left = duration((now - started) / done * (count - done))
+            log.info(f"{done:,}/{count:,} {what}, {left} left")
+
+
+def with_features(reference: Reference, extractor: Extractor, metrics: Collection[str]) -> Reference:
+    """The reference, with features of its images where these metrics need them and it has none."""
+    needed = any(METRICS[name].compares == "features" for name in metrics)
+    if not needed or reference.features is not None or reference.images is None:
+        return reference
+    return reference._replace(features=_features_of(reference.images, extractor))
+
+
+def _features_of(images: np.ndarray, extractor: Extractor) -> np.ndarray:
+    batches = with_progress(in_batches(images), len(images), "real images")
+    return np.concatenate([extractor.extract(batch)["pool"] for batch in batches])
 
 
 def _num_kept(reference: Reference) -> int:
@@ -256,7 +272,8 @@ def _picture(
         log.info("no real images to look for neighbours in: --images=FOLDER gives some")
         return tile(first, PAIRS_PER_ROW * 2)
     if real_features is None:
-        real_features = np.concatenate([extractor.extract(part)["pool"] for part in in_batches(real)])
+        real = real[:NEIGHBOURS_FROM]
+        real_features = _features_of(real, extractor)
     _, places = nearest(extractor.extract(first)["pool"], real_features)
     pairs = [image for i, place in enumerate(places) for image in (first[i], _like(real[place], first[i]))]
     return tile(np.stack(pairs), PAIRS_PER_ROW * 2)
