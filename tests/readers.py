@@ -31,10 +31,10 @@ from maskdit_jax.data.images import save_png
 from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
-from maskdit_jax.evaluation.card import finish
 from maskdit_jax.evaluation.features import PIXELS
 from maskdit_jax.evaluation.reference import make_reference, read_reference, write_reference
 from maskdit_jax.evaluation.sample_set import open_samples
+from maskdit_jax.finish import finish
 from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
 from maskdit_jax.methods.method import Shape, init_params

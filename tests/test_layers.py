@@ -15,8 +15,9 @@ LAYERS = [
     ["config", "saved_config", "config_file"],
     ["distributed", "interop", "data"],
     ["sampling"],
+    ["evaluation"],
     ["training"],
-    ["api", "exchange", "model_card", "evaluation"],
+    ["api", "exchange", "model_card", "finish"],
     ["main", "sample", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

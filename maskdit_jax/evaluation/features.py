@@ -48,6 +48,8 @@ def _pixels(images: np.ndarray) -> dict[str, np.ndarray]:
 
 # The pixels themselves, clipped to the range that real ones have: for images as small as digits.
 PIXELS = Extractor("pixels", "", _pixels)
+# The same of latents, which have no such range.
+LATENTS = Extractor("latents", "", lambda x: {"pool": x.reshape(len(x), -1).astype(np.float32)})
 
 
 def inception(path: str | Path, batch_size: int = 32) -> Extractor:

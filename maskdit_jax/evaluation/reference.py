@@ -18,7 +18,6 @@ from maskdit_jax.evaluation.features import Extractor
 from maskdit_jax.evaluation.metrics import Moments
 from maskdit_jax.evaluation.npz import Npz
 from maskdit_jax.files import appears_whole
-from maskdit_jax.log import log
 
 # Names of the mean and of the covariance in the files, by the part of the features.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -90,7 +89,6 @@ def make_reference(
         features.append(parts["pool"][: len(kept)][kept])
         images.append(batch[: len(kept)][kept])
         done += len(batch)
-        log.info(f"{done:,}/{count:,} images")
     if done != count:
         raise UserError(f"{done:,} images came, expected {count:,}")
     kept_images = np.concatenate(images)
