@@ -14,7 +14,7 @@ import numpy as np
 import maskdit_jax
 from maskdit_jax.data.images import save_png, tile
 from maskdit_jax.errors import UserError, known, printable, shown
-from maskdit_jax.evaluation.features import PIXELS, Extractor, inception
+from maskdit_jax.evaluation.features import LATENTS, PIXELS, Extractor, inception
 from maskdit_jax.evaluation.manifold import nearest
 from maskdit_jax.evaluation.measure import in_batches, measure
 from maskdit_jax.evaluation.metrics import METRICS
@@ -30,7 +30,7 @@ FEW_REAL = 10_000
 PAIRS, PAIRS_PER_ROW = 32, 4  # of the picture
 PROGRESS_S = 10
 NEIGHBOURS_FROM = 1000  # real images whose features are made for the picture alone
-WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS,)}
+WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS, LATENTS)}
 
 
 def evaluate(
