@@ -19,7 +19,7 @@ ABOUT = {
     "format": 1, "model": "MaskDiT-S/2", "workdir": "runs/x", "step": 400, "weights": "ema",
     "weights_digest": "00ff", "weak": None, "precision": "float32", "nfe": 79,
     "sampler": {"solver": "heun", "cfg_scale": 1.5},
-    "seeds": "0-39", "labels": "balanced", "num_classes": 10, "image_shape": [8, 8, 1],
+    "seeds": "0-39", "labels": "balanced", "num_classes": 10,
     "dtype": "uint8", "num_samples": 40, "versions": {"jax": "0.10.2"}, "finished": True,
 }  # fmt: skip
 NEIGHBOURLY = ("kid", "precision", "recall", "density", "coverage")
