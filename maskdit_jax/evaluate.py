@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
             batch_size=flags.batch_size,
             out=out,
         )
-        log.info(f"{describe(card)}\nwrote {out}")
+        picture = f" and {card['picture']}" if card["picture"] else ""
+        log.info(f"{describe(card)}\nwrote {out}{picture}")
 
 
 def default_card(samples: Path) -> Path:

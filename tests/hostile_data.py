@@ -1,6 +1,7 @@
 """Hostile data sets: the cases of tests/test_hostile.py for readers of data."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -494,6 +495,7 @@ SAMPLES = [
     ("samples", "shape of texts", json_with(ABOUT, image_shape=["8", 8, 3]), "image_shape=['8', 8, 3]"),
     ("samples", "another shape", json_with(ABOUT, image_shape=[8, 8, 1]), "says images of [8, 8, 1]"),
     ("samples", "json deep", deep(ABOUT), "samples.json is damaged"),
+    ("samples", "deep inside", json_with(ABOUT, model=json.loads("[" * 300 + "]" * 300)), "nested too"),
     ("samples", "json a list", content(ABOUT, b"[]"), "expected a JSON object"),
     ("samples", "npz text", content(ARRAYS, b"hello" * 99), "samples.npz is damaged or no .npz"),
     ("samples", "npz empty", content(ARRAYS, b""), "samples.npz is damaged or no .npz"),

@@ -1,5 +1,6 @@
 """The card of a set of samples: what was measured, of what, how; as JSON, as lines, and as a picture."""
 
+import dataclasses
 import json
 import platform
 import time
@@ -13,6 +14,7 @@ import numpy as np
 
 import maskdit_jax
 from maskdit_jax.data.images import save_png, tile
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, known, printable, shown
 from maskdit_jax.evaluation.features import LATENTS, PIXELS, Extractor, inception
 from maskdit_jax.evaluation.manifold import nearest
@@ -31,6 +33,10 @@ PAIRS, PAIRS_PER_ROW = 32, 4  # of the picture
 PROGRESS_S = 10
 NEIGHBOURS_FROM = 1000  # real images whose features are made for the picture alone
 WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS, LATENTS)}
+
+# Of samples.json, in the order of the lines; and of its sampler, even where nothing is unusual.
+ALWAYS_SAID = ("solver", "num_steps", "cfg_scale", "guidance_interval")
+SAID = ("seeds", "labels", "nfe", "workdir", "step", "weights", "weights_digest", "weak", "precision")
 
 
 def evaluate(
@@ -107,7 +113,8 @@ def evaluate(
         | {"maskdit_jax": maskdit_jax.__version__, "python": platform.python_version()},
     }
     if out is not None:
-        _write(card, Path(out), _picture(sample_set, extractor, target, images, features is not None))
+        picture = _picture(sample_set, extractor, target, images, features is not None)
+        _write(card, Path(out), picture)
     return card
 
 
@@ -291,7 +298,9 @@ def _like(image: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _write(card: dict[str, Any], out: Path, picture: np.ndarray | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
+    card["picture"] = None
     if picture is not None:
+        card["picture"] = str(out.with_suffix(".png"))
         save_png(out.with_suffix(".png"), picture)
     with appears_whole(out) as partial:
         partial.write_text(json.dumps(card, indent=1))
@@ -304,7 +313,9 @@ def describe(card: dict[str, Any]) -> str:
     rows.append(("samples", f"{card['num_samples']:,} of {about['path']}"))
     rows += [(name, about[name]) for name in SAID if about.get(name) is not None]
     if isinstance(sampler, dict):
-        rows.append(("sampler", ", ".join(f"{key}={value}" for key, value in sampler.items())))
+        usual = dataclasses.asdict(SamplerOptions())
+        told = {k: v for k, v in sampler.items() if k in ALWAYS_SAID or v != usual.get(k)}
+        rows.append(("sampler", ", ".join(f"{name}={value}" for name, value in told.items())))
     extractor, reference = card["extractor"], card["reference"]
     rows.append(("features", f"{extractor['name']} {extractor['sha256'][:12]}"))
     count = "?" if reference["count"] is None else f"{reference['count']:,}"
@@ -313,7 +324,3 @@ def describe(card: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {shown(value, 200)}" for name, value in rows]
     return "\n".join(["card", *lines, *(f"  warning: {printable(text)}" for text in card["warnings"])])
-
-
-# Of samples.json, in the order of the lines.
-SAID = ("seeds", "labels", "nfe", "workdir", "step", "weights", "weights_digest", "weak", "precision")

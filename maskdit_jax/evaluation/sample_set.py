@@ -23,6 +23,7 @@ ABOUT, ARRAYS = "samples.json", "samples.npz"
 # Where arrays of features, given by a user, may stand in their file.
 FEATURES = ("features", "pool", "arr_0")
 _THREADS = 4  # that decode images
+MAX_DEPTH = 5  # of samples.json, of which ours have three
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,15 @@ def _check_about(about: dict[str, Any], file: Path) -> None:
         raise UserError(f"{file}: num_samples={shown(count)}, expected a whole number of at least 1")
     if not isinstance(shape, list) or len(shape) != 3 or any(type(n) is not int or n < 1 for n in shape):
         raise UserError(f"{file}: image_shape={shown(shape)}, expected [height, width, channels]")
+    if not _is_flat(about, MAX_DEPTH):  # it is written again, into the card
+        raise UserError(f"{file} is damaged: its lists and objects are nested too deeply")
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_flat(x, depth - 1) for x in inner)
 
 
 def _taken(available: int, wanted: int | None, path: Path) -> int:
