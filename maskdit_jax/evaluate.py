@@ -12,7 +12,7 @@ from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation import certify
 from maskdit_jax.evaluation.features import inception
 from maskdit_jax.evaluation.metrics import METRICS
-from maskdit_jax.evaluation.sample_card import describe, evaluate
+from maskdit_jax.evaluation.sample_card import describe, evaluate_samples
 from maskdit_jax.evaluation.sample_set import ABOUT
 from maskdit_jax.interop.inception import WHERE
 from maskdit_jax.log import log, log_to_stdout
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "expected --samples=OUT (or --features=FILE.npz) and --reference=REF.npz, or --certify"
             )
         out = flags.out or default_card(Path(source))
-        card = evaluate(
+        card = evaluate_samples(
             flags.samples,
             flags.reference,
             inception=flags.inception,

@@ -468,6 +468,11 @@ def arrays(**new: np.ndarray) -> Damage:
     return lambda path: np.savez(path / ARRAYS, allow_pickle=True, **new)
 
 
+def features(**new: np.ndarray) -> Damage:
+    """The .npz of features has other arrays."""
+    return lambda path: np.savez(path, allow_pickle=True, **new)
+
+
 def arr_0(new: bytes) -> Damage:
     """The member arr_0.npy is `new`, in a sound archive."""
 
@@ -516,6 +521,11 @@ SAMPLES = [
     ("samples", "a bomb", arr_0(BOMB), "claims to be 30,000,083 bytes in", "a decompression bomb?"),
     ("samples", "values changed", changed(ARRAYS, lambda old: old.replace(bytes(range(50)), bytes(50))),
      "damaged or no .npz file: Bad CRC-32"),
+    ("features", "images", features(arr_0=PICTURES), "arr_0 is uint8 [3, 8, 8, 3], expected floats [n, D]"),
+    ("features", "whole numbers", features(pool=np.arange(6).reshape(2, 3)), "pool is int64 [2, 3], expected"),
+    ("features", "none", features(features=np.zeros((0, 4))), "features is float64 [0, 4], expected"),
+    ("features", "of other names", features(x=np.zeros((3, 4))), "has no array features, only x"),
+    ("features", "objects", features(features=np.full((3, 4), None)), "holds object"),
     ("sample images", "one missing", removed("000000/000001.png"), "holds 2 samples", "in it says 3"),
     ("sample images", "one too small", lambda path: save_png(path / "000000/000001.png", PICTURES[0, :7]),
      "000001.png", "fewer than 8 on a side"),

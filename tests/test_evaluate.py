@@ -12,7 +12,7 @@ from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation import certify
 from maskdit_jax.evaluation.features import PIXELS
 from maskdit_jax.evaluation.reference import make_reference, write_reference
-from maskdit_jax.evaluation.sample_card import PAIRS, describe, evaluate, metric_label
+from maskdit_jax.evaluation.sample_card import PAIRS, describe, evaluate_samples, metric_label
 from maskdit_jax.evaluation.sample_set import open_samples
 
 ABOUT = {
@@ -88,7 +88,7 @@ def test_the_number_of_samples_is_in_the_name(count, extractor, name):
 def test_pngs_and_arrays_of_the_same_samples_score_alike(samples, real, tmp_path):
     """Also in batches of another size, and the first of more."""
     folder, images = samples
-    card = evaluate(folder, real[0])
+    card = evaluate_samples(folder, real[0])
     for seed, image in enumerate(np.concatenate([images, images])):
         place = folder / f"{seed // 1000 * 1000:06d}"
         place.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ def test_pngs_and_arrays_of_the_same_samples_score_alike(samples, real, tmp_path
     save_png(folder / "grid.png", images[0])  # is none of them
     (folder / "samples.npz").unlink()
     assert open_samples(folder, 41).count == 41
-    as_png = evaluate(folder, real[0], num_samples=40, batch_size=1)
+    as_png = evaluate_samples(folder, real[0], num_samples=40, batch_size=1)
     assert as_png["metrics"] == pytest.approx(card["metrics"], rel=1e-9)
 
 
@@ -105,15 +105,17 @@ def test_features_of_another_network_stand_for_samples(samples, real, tmp_path):
     (folder, images), (reference, real_images) = samples, real
     np.savez(tmp_path / "real.npz", features=PIXELS.extract(real_images)["pool"])
     np.savez(tmp_path / "mine.npz", features=PIXELS.extract(images)["pool"].astype(np.float16))
-    card = evaluate(None, tmp_path / "real.npz", features=tmp_path / "mine.npz", out=tmp_path / "card.json")
-    expected = evaluate(folder, reference)["metrics"]
+    card = evaluate_samples(
+        None, tmp_path / "real.npz", features=tmp_path / "mine.npz", out=tmp_path / "card.json"
+    )
+    expected = evaluate_samples(folder, reference)["metrics"]
     as_ours = {name.replace("features", "pixels"): value for name, value in card["metrics"].items()}
     assert as_ours == pytest.approx(expected, rel=0.02, abs=0.02)
     assert card["extractor"]["name"].endswith("mine.npz") and len(card["extractor"]["sha256"]) == 64
     assert not (tmp_path / "card.png").exists()
     np.savez(tmp_path / "short.npz", features=np.zeros((39, 64), np.float32))
     with pytest.raises(UserError, match=r"features of 39 samples, .* has 40"):
-        evaluate(folder, tmp_path / "real.npz", features=tmp_path / "short.npz")
+        evaluate_samples(folder, tmp_path / "real.npz", features=tmp_path / "short.npz")
 
 
 def test_what_is_not_customary_is_warned_of(real, tmp_path):
@@ -125,9 +127,9 @@ def test_what_is_not_customary_is_warned_of(real, tmp_path):
     with pytest.raises(
         UserError, match=r"samples 16×16×3 have 768 features by 'pixels', the reference's are 64"
     ):
-        evaluate(folder.parent, real[0])
+        evaluate_samples(folder.parent, real[0])
     np.savez(tmp_path / "flat.npz", features=np.random.default_rng(0).normal(size=(8, 64)))
-    card = evaluate(folder.parent, real[0], features=tmp_path / "flat.npz", metrics=["fid"])
+    card = evaluate_samples(folder.parent, real[0], features=tmp_path / "flat.npz", metrics=["fid"])
     said = " | ".join(card["warnings"])
     assert "samples are 16×16×3, images of the reference 8×8×1" in said and "no samples.json" in said
     assert "precision" not in said and "warning: 8 samples" in describe(card)
@@ -152,7 +154,7 @@ def test_certification_compares_with_published_numbers(samples, real, tmp_path):
         certify.certify(tmp_path, PIXELS)
     real[0].rename(tmp_path / certify.REFERENCE)
     (samples[0] / "samples.npz").rename(tmp_path / certify.SAMPLES)
-    measured = evaluate(tmp_path / certify.SAMPLES, tmp_path / certify.REFERENCE)["metrics"]
+    measured = evaluate_samples(tmp_path / certify.SAMPLES, tmp_path / certify.REFERENCE)["metrics"]
     near, far = (certify.Published(measured["FID-40 (pixels)"] + off, 0.005) for off in (0.004, 0.006))
     rows = certify.certify(tmp_path, PIXELS, published={"fid": near, "recall": certify.Published(2, 0.005)})
     assert [row.agrees for row in rows] == [True, False]

@@ -39,7 +39,7 @@ ALWAYS_SAID = ("solver", "num_steps", "cfg_scale", "guidance_interval")
 SAID = ("seeds", "labels", "nfe", "workdir", "step", "weights", "weights_digest", "weak", "precision")
 
 
-def evaluate(
+def evaluate_samples(
     samples: str | Path | None,
     reference: str | Path,
     *,
