@@ -161,7 +161,7 @@ def sample_batches(
 ) -> Iterator[np.ndarray]:
     """Samples of the seeds 0 … count - 1 with labels [count], batch by batch."""
     values = int(np.prod(model.image_shape))
-    on_each = min(max(2**15 // values, 16), -(-512 // model.mesh.size))
+    on_each = min(max(2**15 // values, 16), -(-min(512, count) // model.mesh.size))
     for start in range(0, count, on_each * model.mesh.size):
         seeds = np.arange(start, min(start + on_each * model.mesh.size, count))
         chosen = None if labels is None else labels[seeds]
