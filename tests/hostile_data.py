@@ -522,7 +522,7 @@ SAMPLES = [
     ("samples", "values changed", changed(ARRAYS, lambda old: old.replace(bytes(range(50)), bytes(50))),
      "damaged or no .npz file: Bad CRC-32"),
     ("features", "images", features(arr_0=PICTURES), "arr_0 is uint8 [3, 8, 8, 3], expected floats [n, D]"),
-    ("features", "whole numbers", features(pool=np.arange(6).reshape(2, 3)), "pool is int64 [2, 3], expected"),
+    ("features", "whole numbers", features(pool=np.arange(6).reshape(2, 3)), "pool is int64 [2, 3]"),
     ("features", "none", features(features=np.zeros((0, 4))), "features is float64 [0, 4], expected"),
     ("features", "of other names", features(x=np.zeros((3, 4))), "has no array features, only x"),
     ("features", "objects", features(features=np.full((3, 4), None)), "holds object"),
