@@ -18,7 +18,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["api", "exchange", "model_card", "finish", "sample_files", "plots"],
-    ["main", "sample", "doctor"],
+    ["main", "sample", "evaluate", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"models", "diffusion"}, {"distributed", "interop"}]
