@@ -212,5 +212,9 @@ def _sample(
     # images differ in their last bits.
     items, whole = PartitionSpec(AXES), PartitionSpec()
     return jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=(whole, whole, items, items, items), out_specs=items, check_vma=False
+        on_one_device,
+        mesh=mesh,
+        in_specs=(whole, whole, items, items, items),
+        out_specs=items,
+        check_vma=False,
     )(params, weak_params, seeds, labels, noise)
