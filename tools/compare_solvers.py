@@ -11,7 +11,7 @@ from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation.solver_comparison import compare_solvers
 from maskdit_jax.files import appears_whole
 from maskdit_jax.log import log_to_stdout
-from maskdit_jax.sample import parse_integers
+from maskdit_jax.sample_files import parse_integers
 from maskdit_jax.sampling import Model
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         if calls.min() < 1 or calls.max() > MAX_STEPS:
             raise UserError(f"--calls={flags.calls}: expected numbers from 1 to {MAX_STEPS:,}")
         model = _rolled(load(flags.workdir, step=flags.step))
-        source, labels, real = model.config.get("data").get("source", ""), None, None
+        source, labels, real = model.config.data.get("source", ""), None, None
         if flags.frechet:
             if source.partition(":")[0] != "digits":
                 raise UserError(f"--frechet={flags.frechet} is for data.source=digits; use 0")

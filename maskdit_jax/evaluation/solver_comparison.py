@@ -30,7 +30,7 @@ def compare_solvers(
 
     distance: mean over seeds 0 … num_seeds - 1 of the root mean square over an image's values of the
     difference from the 200-step Heun solution from the same noise. frechet_distance: of the pixels of
-    num_frechet samples to those of `real` [m, H, W, C], None without them. nfe: evaluations of the network
+    num_frechet samples to those of `real` [m, H, W, C], where they are given. nfe: evaluations of the network
     for an image, which are twice the calls where all of them are guided.
 
     Args:
@@ -57,21 +57,21 @@ def compare_solvers(
             chosen = {"solver": solver, "num_steps": num_steps}
             images = sample(len(seeds), **chosen)
             error = (images[:num_seeds] - exact).astype(np.float64)
-            nfe = model.nfe(**options | chosen)
             distance = np.sqrt(np.square(error).mean(axis=(1, 2, 3))).mean()
-            frechet = None if real is None else _frechet_distance(images[:num_frechet], real)
-            rows.append(chosen | {"nfe": nfe, "distance": float(distance), "frechet_distance": frechet})
-            log.info(describe_row(rows[-1]))
+            row = chosen | {"nfe": model.nfe(**options | chosen), "distance": float(distance)}
+            if real is not None:
+                row["frechet_distance"] = _frechet_distance(images[:num_frechet], real)
+            log.info(describe_row(row))
+            rows.append(row)
     return rows
 
 
 def describe_row(row: dict[str, Any]) -> str:
     """A row for a person."""
-    frechet = row["frechet_distance"]
+    frechet = f"  Fréchet distance {row['frechet_distance']:.4f}" if "frechet_distance" in row else ""
     return (
         f"{row['solver']:<10} {row['num_steps']:>4} steps {row['nfe']:>4} network calls  "
-        f"distance {row['distance']:.3e}"
-        + (f"  Fréchet distance {frechet:.4f}" if frechet is not None else "")
+        f"distance {row['distance']:.3e}{frechet}"
     )
 
 
