@@ -9,6 +9,7 @@ TENSORBOARD = [
     "tensorboard",
 ]
 TORCH = ["torch==2.13.0"]
+PLOTS = ["matplotlib>=3.10"]
 
 setup(
     name="maskdit_jax",
@@ -37,7 +38,12 @@ setup(
         *TENSORBOARD,
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff==0.17.5", "mypy==2.4.1", "setuptools>=70.1", "diffusers>=0.35", *TORCH],
+        "test": [
+            *("pytest>=9", "ruff==0.17.5", "mypy==2.4.1", "setuptools>=70.1", "diffusers>=0.35"),
+            *TORCH,
+            *PLOTS,
+        ],
+        "plots": PLOTS,
         "torch": TORCH,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

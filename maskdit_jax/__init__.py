@@ -9,9 +9,19 @@ if TYPE_CHECKING:
     from maskdit_jax.api import Model, load
     from maskdit_jax.data.vae import Autoencoder, load_autoencoder
     from maskdit_jax.exchange import export_torch, import_torch
+    from maskdit_jax.sample_files import write_samples
 
 __version__ = "0.1.0"
-__all__ = ["Autoencoder", "Model", "UserError", "export_torch", "import_torch", "load", "load_autoencoder"]
+__all__ = [
+    "Autoencoder",
+    "Model",
+    "UserError",
+    "export_torch",
+    "import_torch",
+    "load",
+    "load_autoencoder",
+    "write_samples",
+]
 
 # Where each name lives. It is imported when it is first used: who wants the network alone, or a flag's
 # help, does not wait for Orbax.
@@ -22,6 +32,7 @@ _HOMES = {
     "import_torch": "exchange",
     "load": "api",
     "load_autoencoder": "data.vae",
+    "write_samples": "sample_files",
 }
 
 

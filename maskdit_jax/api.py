@@ -17,27 +17,36 @@ def load(
     path: str | Path,
     weights: str = "ema",
     *,
+    step: int | None = None,
     precision: str | None = None,
     vae: str | Path | None = None,
 ) -> Model:
-    """The newest healthy checkpoint of a run folder, or an import, as a Model.
+    """A checkpoint of a run folder, or an import, as a Model.
 
     Args:
       path: folder of a run, or one that `import_torch` made.
       weights: "ema" or "params", the raw weights.
+      step: of the steps that are there; by default the newest healthy one.
       precision: of compute, bfloat16, tf32 or float32; by default the run's.
       vae: the latents' autoencoder, with which `sample` gives images; by default the run's, "" for none.
 
     Raises:
-      UserError: there is no such checkpoint or autoencoder, or it does not fit.
+      UserError: there is no such checkpoint or autoencoder, it does not fit, or the step is damaged.
     """
     for name, value, choices in (("weights", weights, WEIGHTS), ("precision", precision, PRECISIONS)):
         if value is not None and value not in choices:
             raise UserError(f"{name}={value!r} is unknown; known: {', '.join(choices)}")
     checkpoints, mesh = open_run(path), make_mesh(jax.device_count(), 1)
-    step, meta, params = checkpoints.newest_healthy(
-        lambda step, meta: checkpoints.restore_weights(step, meta, weights, mesh)
-    )
+    if step is None:
+        step, meta, params = checkpoints.newest_healthy(
+            lambda step, meta: checkpoints.restore_weights(step, meta, weights, mesh)
+        )
+    elif step in checkpoints.steps:
+        meta = checkpoints.meta(step)
+        params = checkpoints.restore_weights(step, meta, weights, mesh)
+    else:
+        kept = ", ".join(f"{kept:,}" for kept in checkpoints.steps)
+        raise UserError(f"step={step!r}: {path} holds the steps {kept}")
     checkpoints.close()
     config = ConfigDict(meta["config"])
     config.compute.precision = precision or config.compute.precision

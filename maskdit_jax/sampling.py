@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
 from maskdit_jax.data.codec import Codec
-from maskdit_jax.diffusion.guidance import guide
-from maskdit_jax.diffusion.solvers import SamplerOptions, generate
-from maskdit_jax.distributed.mesh import batch_sharding, repeat_to, to_host, to_mesh
+from maskdit_jax.diffusion.edm import Denoiser
+from maskdit_jax.diffusion.guidance import guide, null_label_sides
+from maskdit_jax.diffusion.solvers import SamplerOptions, count_network_calls, generate
+from maskdit_jax.distributed.mesh import AXES, batch_sharding, repeat_to, to_host, to_mesh
 from maskdit_jax.errors import UserError, known
-from maskdit_jax.methods.method import Params, network_graph
+from maskdit_jax.methods.method import Method, Params, network_graph
 
 MAX_SEED = 2**32 - 1
 MAX_BATCH_SIZE = 2**16
@@ -50,13 +51,13 @@ class Model:
         self.codec, self.origin = codec, origin
         self.method, self.shape = method_of(config), shape_of(config)
         self.image_shape = (self.shape.image_size, self.shape.image_size, self.shape.channels)
-        self._graphdef = network_graph(self.method, self.shape, compute_of(config))
+        self._network = _Network(self.method, network_graph(self.method, self.shape, compute_of(config)))
 
     def __call__(
         self, x: jax.Array, sigma: jax.Array, labels: jax.Array, cfg_scale: float = 1.0
     ) -> jax.Array:
         """Denoised [B, H, W, C] for x [B, H, W, C], sigma [B], labels [B] int, -1 = no class."""
-        return _denoise(self.params, x, sigma, labels, self._graphdef, self.method, cfg_scale)
+        return _denoise(self.params, x, sigma, labels, self._network, cfg_scale)
 
     def sample(
         self,
@@ -65,6 +66,7 @@ class Model:
         *,
         noise: np.ndarray | None = None,
         batch_size: int = 16,
+        weak: "Model | None" = None,
         **options: Any,
     ) -> np.ndarray:
         """Samples [n, H, W, C] float32, one for each seed: latents, or with an autoencoder images in [-1, 1].
@@ -77,18 +79,19 @@ class Model:
           noise: unit normal noise [n, H, W, C] to start from, instead of the draws from the seeds.
           batch_size: images of one call of the network on each device. The last call is filled up, so that
             there is one program, and an image the same to the last bit on any number of devices.
+          weak: the model that guidance leads away from, given the same labels: an earlier step or a smaller
+            network (autoguidance, arXiv 2406.02507); by default this one without labels.
           **options: fields of `SamplerOptions` (cfg_scale, num_steps, guidance_interval, solver, …);
             the others come from the run's configuration.
 
         Raises:
-          UserError: an option, seed or label that does not exist, or noise of another shape.
+          UserError: an option, seed or label that does not exist, or noise or a weak model of another shape.
         """
-        sampler, seed_array = self.sampler_options(**options), _check_seeds(seeds)
+        sampler, seed_array = self.sampler_options(weak, **options), check_seeds(seeds)
         label_array, count = self.check_labels(seed_array, labels), len(seed_array)
         if noise is not None and np.shape(noise) != (count, *self.image_shape):
             raise UserError(f"noise has shape {np.shape(noise)}, expected {(count, *self.image_shape)}")
-        if not 1 <= batch_size <= MAX_BATCH_SIZE:
-            raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
+        check_batch_size(batch_size)
         batch_size *= self.mesh.size
         images = []
         for start in range(0, count, batch_size):
@@ -97,9 +100,11 @@ class Model:
             filled = [np.asarray(repeat_to(x, batch_size)) for x in drawn]
             batch = _sample(
                 self.params,
+                weak.params if weak else None,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
-                graphdef=self._graphdef,
-                method=self.method,
+                mesh=self.mesh,
+                network=self._network,
+                weak_network=weak._network if weak else None,
                 image_shape=self.image_shape,
                 options=sampler,
             )
@@ -111,15 +116,25 @@ class Model:
         """Whether samples are images; otherwise they are latents."""
         return self.codec.makes_pixels
 
-    def sampler_options(self, **options: Any) -> SamplerOptions:
-        """The run's sampler options, with those given here in their place, checked."""
+    def nfe(self, weak: "Model | None" = None, **options: Any) -> int:
+        """Evaluations of a network that `sample` makes for each image; a guided call is two.
+
+        Raises:
+          UserError: as `sample`.
+        """
+        return count_network_calls(self.sampler_options(weak, **options), self.method.noise_levels())
+
+    def sampler_options(self, weak: "Model | None" = None, **options: Any) -> SamplerOptions:
+        """The run's sampler options, with those given here in their place, checked, as is the weak model."""
         names = [field.name for field in dataclasses.fields(SamplerOptions)]
         for name in options:
             if name not in names:
                 raise UserError(f"sampling option {name!r} is unknown; known: {known(name, names)}")
         chosen = SamplerOptions(**self.config.sampling.to_dict() | options)
         chosen.check(levels=self.method.noise_levels())
-        if chosen.cfg_scale != 1 and not self.shape.num_classes:
+        if weak:
+            _check_alike(self, weak)
+        elif chosen.cfg_scale != 1 and not self.shape.num_classes:
             chosen = dataclasses.replace(chosen, cfg_scale=1.0)  # nothing to guide towards
         return chosen
 
@@ -139,20 +154,67 @@ class Model:
         return wide.astype(np.int32)
 
 
-def _check_seeds(seeds: ArrayLike) -> np.ndarray:
+def check_seeds(seeds: ArrayLike) -> np.ndarray:
+    """Seeds [n] uint32, of integers that are."""
     wide = np.asarray(seeds, np.int64).reshape(-1)
     if not wide.size or wide.min() < 0 or wide.max() > MAX_SEED:
         raise UserError(f"seeds must be one or more integers from 0 to {MAX_SEED}")
     return wide.astype(np.uint32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "method", "cfg_scale"))
-def _denoise(params, x, sigma, labels, graphdef, method, cfg_scale):
-    denoise = method.denoiser(nnx.merge(graphdef, params))
-    return guide(denoise, cfg_scale)(x, jnp.asarray(sigma, jnp.float32), labels)
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a number of images that no device is given at once."""
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"batch_size={batch_size}: expected 1 … {MAX_BATCH_SIZE:,} images per device")
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "method", "image_shape", "options"))
-def _sample(params, seeds, labels, noise=None, *, graphdef, method, image_shape, options):
-    denoise = method.denoiser(nnx.merge(graphdef, params))
-    return generate(denoise, seeds, labels, image_shape, options, noise, method.noise_levels())
+def _check_alike(model: Model, weak: Model) -> None:
+    """Both must speak of the same data, on the same devices."""
+    data, weak_data = (
+        m.shape._asdict() | {"space": m.codec.space, "latent_scale": m.codec.latent_scale}
+        for m in (model, weak)
+    )
+    for name, value in data.items():
+        if weak_data[name] != value:
+            raise UserError(f"the weak model has {name} {weak_data[name]}, this one {value}: take one alike")
+    if weak.mesh != model.mesh:
+        raise UserError("the weak model is on other devices than this one: load both alike")
+
+
+class _Network(NamedTuple):
+    """What of a model decides a program."""
+
+    method: Method
+    graphdef: nnx.GraphDef
+
+    def denoiser(self, params: Params) -> Denoiser:
+        return self.method.denoiser(nnx.merge(self.graphdef, params))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "cfg_scale"))
+def _denoise(params, x, sigma, labels, network, cfg_scale):
+    denoise = network.denoiser(params)
+    guided = denoise if cfg_scale == 1 else guide(null_label_sides(denoise), cfg_scale)
+    return guided(x, jnp.asarray(sigma, jnp.float32), labels)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "network", "weak_network", "image_shape", "options"))
+def _sample(
+    params, weak_params, seeds, labels, noise=None, *, mesh, network, weak_network, image_shape, options
+):
+    levels = network.method.noise_levels()
+
+    def on_one_device(params, weak_params, seeds, labels, noise):
+        weak = weak_network.denoiser(weak_params) if weak_network else None
+        return generate(network.denoiser(params), seeds, labels, image_shape, options, noise, levels, weak)
+
+    # Written out, so that each device runs the program that one alone would: cut by the compiler, a program's
+    # images differ in their last bits.
+    items, whole = PartitionSpec(AXES), PartitionSpec()
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(whole, whole, items, items, items),
+        out_specs=items,
+        check_vma=False,
+    )(params, weak_params, seeds, labels, noise)

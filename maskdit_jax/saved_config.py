@@ -12,7 +12,8 @@ from maskdit_jax.options import IN_WORDS, as_section, check_option, each_option,
 # What weights need of the configuration saved with them, beside the method: all that an import has.
 _DATA = tuple(f"data.{name}" for name in (*Shape._fields, "space", "latent_scale"))
 _CLOSED = ("method", "compute", "sampling")  # these sections are arguments: nothing else may stand there
-
+# The sampler's options that came later: where they are missing, their defaults do as was done before.
+LATER = ("schedule", "scaling", "alpha")
 
 # All that an import had before there were methods, and every run.
 _BEFORE_METHODS = """
@@ -89,7 +90,9 @@ def _check_values(found: dict[str, Any]) -> None:
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A configuration of today's layout; before there were methods, all was MaskDiT, in other sections."""
     if "method" in content or "model" not in content:
-        return content
+        sampling = content.get("sampling")
+        later = {name: getattr(SamplerOptions(), name) for name in LATER}
+        return content | {"sampling": later | sampling} if isinstance(sampling, dict) else content
     missing = [name for name in _BEFORE_METHODS if name not in leaves(content)]
     if missing:
         raise UserError(f"the configuration lacks {', '.join(missing[:3])}")

@@ -1,6 +1,7 @@
 """Hostile data sets: the cases of tests/test_hostile.py for readers of data."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -467,6 +468,11 @@ def arrays(**new: np.ndarray) -> Damage:
     return lambda path: np.savez(path / ARRAYS, allow_pickle=True, **new)
 
 
+def features(**new: np.ndarray) -> Damage:
+    """The .npz of features has other arrays."""
+    return lambda path: np.savez(path, allow_pickle=True, **new)
+
+
 def arr_0(new: bytes) -> Damage:
     """The member arr_0.npy is `new`, in a sound archive."""
 
@@ -494,6 +500,7 @@ SAMPLES = [
     ("samples", "shape of texts", json_with(ABOUT, image_shape=["8", 8, 3]), "image_shape=['8', 8, 3]"),
     ("samples", "another shape", json_with(ABOUT, image_shape=[8, 8, 1]), "says images of [8, 8, 1]"),
     ("samples", "json deep", deep(ABOUT), "samples.json is damaged"),
+    ("samples", "deep inside", json_with(ABOUT, model=json.loads("[" * 300 + "]" * 300)), "nested too"),
     ("samples", "json a list", content(ABOUT, b"[]"), "expected a JSON object"),
     ("samples", "npz text", content(ARRAYS, b"hello" * 99), "samples.npz is damaged or no .npz"),
     ("samples", "npz empty", content(ARRAYS, b""), "samples.npz is damaged or no .npz"),
@@ -514,11 +521,18 @@ SAMPLES = [
     ("samples", "a bomb", arr_0(BOMB), "claims to be 30,000,083 bytes in", "a decompression bomb?"),
     ("samples", "values changed", changed(ARRAYS, lambda old: old.replace(bytes(range(50)), bytes(50))),
      "damaged or no .npz file: Bad CRC-32"),
+    ("features", "images", features(arr_0=PICTURES), "arr_0 is uint8 [3, 8, 8, 3], expected floats [n, D]"),
+    ("features", "whole numbers", features(pool=np.arange(6).reshape(2, 3)), "pool is int64 [2, 3]"),
+    ("features", "none", features(features=np.zeros((0, 4))), "features is float64 [0, 4], expected"),
+    ("features", "of other names", features(x=np.zeros((3, 4))), "has no array features, only x"),
+    ("features", "objects", features(features=np.full((3, 4), None)), "holds object"),
     ("sample images", "one missing", removed("000000/000001.png"), "holds 2 samples", "in it says 3"),
     ("sample images", "one too small", lambda path: save_png(path / "000000/000001.png", PICTURES[0, :7]),
      "000001.png", "fewer than 8 on a side"),
     ("sample images", "another size", lambda path: save_png(path / "000000/000001.png", BIG),
-     "000001.png is 9×9 pixels, others of this set 8×8"),
+     "000001.png is [9, 9, 3], others of this set [8, 8, 3]"),
+    ("sample images", "transparent", lambda path: Image.new("RGBA", (8, 8)).save(path / "000000/000001.png"),
+     "000001.png is uint8 [8, 8, 4], which `sample` writes none of"),
     ("sample images", "all of another size", json_with(ABOUT, image_shape=[9, 9, 3]), "is [8, 8, 3]"),
     ("sample images", "text", content("000000/000002.png", b"hello"), "000002.png: not a readable image"),
     ("sample images", "a pipe", pipe("000000/000002.png"), "000002.png: not a file"),

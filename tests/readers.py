@@ -33,7 +33,7 @@ from maskdit_jax.data.shards import finish_shards, read_report, shard_names, wri
 from maskdit_jax.data.sources import open_source
 from maskdit_jax.evaluation.features import PIXELS
 from maskdit_jax.evaluation.reference import make_reference, read_reference, write_reference
-from maskdit_jax.evaluation.sample_set import open_samples
+from maskdit_jax.evaluation.sample_set import open_features, open_samples
 from maskdit_jax.finish import finish
 from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
@@ -414,6 +414,13 @@ def read_samples(path: Path) -> object:
     return [batch.sum() for batch in open_samples(path).read(2)]
 
 
+def write_features(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "in.npz", features=np.eye(3, 4))
+    return folder / "in.npz"
+
+
+READERS["features"] = Reader(write_features, lambda path: [x.sum() for x in open_features(path).read(2)])
 READERS["samples"] = Reader(write_samples, read_samples)
 READERS["sample images"] = Reader(write_sample_images, read_samples, repair_images)
 

@@ -1,5 +1,6 @@
 """The Model object: denoising, guidance, and samples that depend on seed, label and options only."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from maskdit_jax.config import compute_of, method_of, resolve, shape_of
 from maskdit_jax.config_file import load
 from maskdit_jax.data.codec import Codec
 from maskdit_jax.diffusion.solvers import SamplerOptions, integrate, sigma_grid
-from maskdit_jax.methods.method import init_params, network_graph
+from maskdit_jax.methods.method import Shape, init_params, network_graph
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -157,6 +158,36 @@ def test_guidance_interval_decides_which_noise_levels_are_guided(model):
     assert min(np.abs(middle - everywhere).max(), np.abs(middle - nowhere).max()) > 1e-4
 
 
+def test_weak_model_is_what_guidance_leads_away_from(model):
+    """Another network and other weights, which is given the same labels."""
+    weak = small_model(1, [*NO_DECODER, "method.network.hidden_size=16"])
+    one_step = {"num_steps": 1, "solver": "euler", "noise": np.ones((2, 8, 8, 1), np.float32)}
+    strong, alone = (m.sample([0, 1], [3, -1], cfg_scale=1.0, **one_step) for m in (model, weak))
+    guided = model.sample([0, 1], [3, -1], cfg_scale=2.0, weak=weak, **one_step)
+    np.testing.assert_allclose(guided, alone + 2 * (strong - alone), rtol=1e-4, atol=1e-4)
+    assert np.abs(guided - model.sample([0, 1], [3, -1], cfg_scale=2.0, **one_step)).max() > 1e-2
+    assert model.nfe(cfg_scale=2.0, weak=weak, **QUICK) == 2 * QUICK["num_steps"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"shape": (16, 1, 10)}, "the weak model has image_size 16, this one 8"),
+        ({"shape": (8, 1, 0)}, "the weak model has num_classes 0, this one 10"),
+        ({"codec": Codec("latents", 0.18215)}, "the weak model has space latents, this one pixels"),
+        ({"mesh": jax.sharding.Mesh(jax.devices()[1:2], "data")}, "the weak model is on other devices"),
+    ],
+    ids=["image_size", "num_classes", "space", "mesh"],
+)
+def test_weak_model_of_other_data_is_refused(model, change, named):
+    weak = copy.copy(model)
+    for name, value in change.items():
+        setattr(weak, name, Shape(*value) if name == "shape" else value)
+    with pytest.raises(UserError, match=named) as refused:
+        model.sample([0], weak=weak)
+    assert "\n" not in str(refused.value)
+
+
 def test_label_is_seed_modulo_classes_by_default(model):
     by_default = model.sample([3, 10, 25, 2**32 - 1], batch_size=4, **QUICK)
     given = model.sample([3, 10, 25, 2**32 - 1], [3, 0, 5, 5], batch_size=4, **QUICK)
@@ -178,6 +209,7 @@ def test_seed_and_label_decide_the_image(model):
 def test_unconditional_model_ignores_cfg_scale(unconditional, noisy):
     x, sigma, labels = noisy
     assert unconditional.sampler_options(cfg_scale=4.0).cfg_scale == 1
+    assert unconditional.nfe(cfg_scale=4.0, **QUICK) == QUICK["num_steps"]
     plain = unconditional.sample([1, 2], batch_size=2, cfg_scale=1.0, **QUICK)
     np.testing.assert_array_equal(unconditional.sample([1, 2], batch_size=2, cfg_scale=4.0, **QUICK), plain)
     np.testing.assert_allclose(

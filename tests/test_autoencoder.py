@@ -186,11 +186,11 @@ def test_sample_decodes_to_pixels_with_vae(latent_model, folder, autoencoder, tm
     assert latents.shape == (5, 8, 8, 4)
     expected = to_uint8(autoencoder.decode(latents / np.float32(0.18215)))
     for seed in range(5):
-        with Image.open(tmp_path / "pixels" / f"{seed:06d}.png") as png:
+        with Image.open(tmp_path / "pixels/000000" / f"{seed:06d}.png") as png:
             assert np.abs(np.asarray(png, int) - expected[seed]).max() <= 1
     assert (tmp_path / "pixels/grid.png").is_file()
     sample.main([*flags, "--seeds=0-4", f"--out={tmp_path / 'latents'}"])
-    assert [p.name for p in (tmp_path / "latents").iterdir()] == ["samples.npz"]
+    assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == ["samples.json", "samples.npz"]
 
 
 @pytest.mark.slow

@@ -85,6 +85,15 @@ def test_newest_healthy_step_is_loaded_and_the_damaged_one_reported(copy, caplog
     assert sorted(p.name for p in copy.iterdir()) == ["checkpoints"]  # who only reads moves nothing
 
 
+def test_any_step_that_is_kept_is_loaded_and_a_damaged_one_not_passed_over(copy):
+    assert size_of(load_model(copy, step=4)) == pytest.approx(size_of(load_model(copy)) / 9 * 4, rel=1e-6)
+    with pytest.raises(UserError, match=r"step=3: .* holds the steps 4, 8, 9$"):
+        load_model(copy, step=3)
+    shutil.rmtree(copy / "checkpoints" / "8" / "ema_params")
+    with pytest.raises(DamagedError, match=r"checkpoint 8 in .* is damaged: ema_params: "):
+        load_model(copy, step=8)
+
+
 def test_checkpoint_without_digests_is_not_trusted(copy):
     file = copy / "checkpoints" / "9" / "meta" / "metadata"
     meta = json.loads(file.read_text())

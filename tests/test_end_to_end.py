@@ -160,17 +160,19 @@ def test_init_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
 def test_files_of_the_sample_command_are_the_samples_of_the_model(run, tmp_path, capsys):
     flags = [f"--workdir={run}", f"--out={tmp_path}", "--seeds=0-4,9", "--labels=7", "--cfg_scale=3"]
     sample.main([*flags, "--num_steps=3", "--format=png,npz,grid", "--batch_size=8"])
-    assert "wrote 6 samples (png, npz, grid)" in capsys.readouterr().out
-    names = [f"{seed:06d}.png" for seed in (0, 1, 2, 3, 4, 9)] + ["grid.png", "samples.npz"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    said = capsys.readouterr().out
+    assert f"6 samples of step 8 in {tmp_path}, labels class 7, 6 network calls each at cfg_scale 3" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000", "grid.png", "samples.json", "samples.npz"]
+    names = [f"{seed:06d}.png" for seed in (0, 1, 2, 3, 4, 9)]
+    assert sorted(p.name for p in (tmp_path / "000000").iterdir()) == names
     options = {"batch_size": 8, "cfg_scale": 3.0, "num_steps": 3}
     expected = to_uint8(load(run).sample([0, 1, 2, 3, 4, 9], [7] * 6, **options))
     written = np.load(tmp_path / "samples.npz")
-    assert written["samples"].shape == (6, 8, 8, 1)
-    np.testing.assert_array_equal(written["samples"], expected)
+    assert written["arr_0"].shape == (6, 8, 8, 1)
+    np.testing.assert_array_equal(written["arr_0"], expected)
     np.testing.assert_array_equal(written["seeds"], [0, 1, 2, 3, 4, 9])
-    np.testing.assert_array_equal(written["labels"], [7] * 6)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "000009.png")), expected[5, ..., 0])
+    np.testing.assert_array_equal(written["arr_1"], [7] * 6)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "000000/000009.png")), expected[5, ..., 0])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (28, 19)
     np.testing.assert_array_equal(grid[10:18, 1:9], expected[2, ..., 0])
@@ -235,11 +237,11 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
         ("--labels=cat", "--labels=cat: expected integers up to"),
         ("--labels=10", "labels 10 … 10: the model knows 0 … 9"),
         ("--labels=1,2", "2 labels for 64 seeds"),
-        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler, ddim, ancestral"),
+        ("--solver=dpm", "solver='dpm' is unknown; known: heun, euler, dpmpp_2m, ddim, ancestral"),
         ("--num_steps=0", "num_steps=0 must be at least 1"),
         ("--num_steps=10001", "num_steps=10001 must be at most 10,000"),
-        ("--batch_size=0", "--batch_size=0: expected 1 … 65,536"),
-        ("--format=jpg", "--format=jpg: 'jpg' is unknown; known: png, npz, grid"),
+        ("--batch_size=0", "batch_size=0: expected 1 … 65,536"),
+        ("--format=jpg", "format=jpg: 'jpg' is unknown; known: png, npz, grid"),
         ("--guidance_interval=3", "--guidance_interval=3: expected LOW,HIGH"),
         ("--guidance_interval=", "--guidance_interval=: expected LOW,HIGH"),
         ("--rho=1e-30", "rho=1e-30: the 2 noise levels that they make do not fall"),
@@ -270,7 +272,7 @@ def test_pictures_of_latents_are_refused(latents_run, capsys, tmp_path, name):
 
 def test_latents_are_written_as_floats(latents_run, run, tmp_path):
     sample.main([f"--workdir={latents_run}", f"--out={tmp_path}", "--seeds=0-5"])
-    written = np.load(tmp_path / "samples.npz")["samples"]
+    written = np.load(tmp_path / "samples.npz")["arr_0"]
     assert written.dtype == np.float32
     np.testing.assert_array_equal(written, load(run).sample(range(6)))
-    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.json", "samples.npz"]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from processes import two_process_flags
 from tiny import RECIPES, arrays_of, command_environment, flip_one_byte, steps_of, tiny_flags
@@ -296,30 +295,3 @@ def test_two_runs_cannot_write_one_folder(tmp_path, outcome):
     first.kill()
     first.communicate()
     outcome("second run in the same folder", "exit code 2, the first goes on", "-")
-
-
-def test_two_processes_sample_the_same_files_as_one(stopped_run, tmp_path):
-    """64 seeds: the same pictures and arrays, byte for byte, each written once."""
-    flags = [f"--workdir={stopped_run}", "--seeds=0-63", "--format=png,npz,grid", "--batch_size=8"]
-    sample = [sys.executable, "-m", "maskdit_jax.sample", *flags]
-    one = subprocess.run(
-        [*sample, f"--out={tmp_path / 'one'}"], env=command_environment(), capture_output=True, text=True
-    )
-    assert one.returncode == 0, one.stderr
-    several = [f"--out={tmp_path / 'two'}", *two_process_flags()]
-    processes = [
-        subprocess.Popen(
-            [*sample, *several, f"--process_id={i}"], env=command_environment(), stdout=subprocess.DEVNULL
-        )
-        for i in range(2)
-    ]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    names = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert len(names) == 66
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == names
-    for name in names:
-        if name.endswith(".png"):
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    with np.load(tmp_path / "one/samples.npz") as a, np.load(tmp_path / "two/samples.npz") as b:
-        for key in ("samples", "seeds", "labels"):
-            np.testing.assert_array_equal(a[key], b[key])

@@ -17,8 +17,8 @@ LAYERS = [
     ["sampling"],
     ["evaluation"],
     ["training"],
-    ["api", "exchange", "model_card", "finish"],
-    ["main", "sample", "doctor"],
+    ["api", "exchange", "model_card", "finish", "sample_files", "plots"],
+    ["main", "sample", "evaluate", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"models", "diffusion"}, {"distributed", "interop"}]

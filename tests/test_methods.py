@@ -49,7 +49,7 @@ def test_a_toy_method_trains_resumes_and_samples_and_is_not_exported(config, tmp
         sample.main(
             [f"--workdir={whole}", f"--out={out}", "--seeds=0-4", "--format=npz", f"--solver={solver}"]
         )
-        samples = np.load(out / "samples.npz")["samples"]
+        samples = np.load(out / "samples.npz")["arr_0"]
         assert samples.shape == (5, 8, 8, 1)
         assert len(np.unique(samples.reshape(5, -1), axis=0)) == 5
     exported = tmp_path / "export" / "model.safetensors"

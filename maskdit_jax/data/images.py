@@ -144,7 +144,24 @@ def tile(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write image [H, W, 1 or 3] uint8 as a PNG."""
+    """Write image [H, W, 1 or 3] uint8 as a PNG, whatever the name of the file."""
     from PIL import Image  # sampling to npz needs no Pillow
 
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+
+
+def read_png(path: Path) -> np.ndarray:
+    """Image [H, W, 1 or 3] uint8 that `save_png` wrote.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with _pillow().open(path, formats=["PNG"]) as image:
+            _check(image, str(path))
+            array = np.asarray(image)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        raise UserError(f"{path}: not a readable image ({first_line(error, 150)})") from error
+    return array if array.ndim == 3 else array[..., None]

@@ -1,9 +1,12 @@
-"""Classifier-free guidance: a denoiser becomes a guided denoiser."""
+"""Guidance: away from a weak side, which is the network without its label, or another network."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from maskdit_jax.diffusion.edm import Denoiser, per_sample
+from maskdit_jax.diffusion.edm import Denoiser
 
 NULL_LABEL = -1  # "no class"; each network knows its own way to be told so
 
@@ -16,35 +19,50 @@ def drop_labels(key: jax.Array, labels: jax.Array, share: float) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, share, labels.shape), NULL_LABEL, labels)
 
 
-def guide(denoise: Denoiser, cfg_scale: float = 1.0, interval: tuple[float, float] | None = None) -> Denoiser:
-    """Denoiser D_uncond + cfg_scale·(D_cond - D_uncond) (MaskDiT, sec. 4), both halves in one call.
+# (x, sigma, labels) → what the strong and the weak side make of x, [B, H, W, C] each.
+Sides = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-    cfg_scale 1 is the denoiser itself. With an interval (low, high) only noise levels
-    low < sigma <= high are guided (arXiv 2404.07724); a batch with none of them there costs no
-    second half.
-    """
-    if cfg_scale == 1:
-        return denoise
 
-    def guided(x, sigma, labels, scale):
+def null_label_sides(denoise: Denoiser) -> Sides:
+    """The weak side is the same network, told no class: both in one call (MaskDiT, sec. 4)."""
+
+    def sides(x, sigma, labels):
         both = denoise(
             jnp.concatenate([x, x]),
             jnp.concatenate([sigma, sigma]),
             jnp.concatenate([labels, jnp.full_like(labels, NULL_LABEL)]),
         )
-        conditional, unconditional = jnp.split(both, 2)
-        return unconditional + per_sample(scale) * (conditional - unconditional)
+        strong, weak = jnp.split(both, 2)
+        return strong, weak
 
-    if interval is None:
-        return lambda x, sigma, labels: guided(x, sigma, labels, jnp.full_like(sigma, cfg_scale))
+    return sides
 
-    def guided_in_interval(x, sigma, labels):
-        inside = (interval[0] < sigma) & (sigma <= interval[1])
-        scale = jnp.where(inside, cfg_scale, 1.0).astype(sigma.dtype)
-        return jax.lax.cond(
-            inside.any(),
-            lambda: guided(x, sigma, labels, scale),
-            lambda: denoise(x, sigma, labels),
-        )
 
-    return guided_in_interval
+def network_sides(denoise: Denoiser, weak: Denoiser) -> Sides:
+    """The weak side is another network, told the same labels (autoguidance, arXiv 2406.02507)."""
+    return lambda x, sigma, labels: (denoise(x, sigma, labels), weak(x, sigma, labels))
+
+
+def guide(sides: Sides, cfg_scale: float) -> Denoiser:
+    """Denoiser weak + cfg_scale·(strong - weak); at 1 it is the strong side, at the cost of both."""
+
+    def guided(x, sigma, labels):
+        strong, weak = sides(x, sigma, labels)
+        return weak + cfg_scale * (strong - weak)
+
+    return guided
+
+
+def is_guided(sigma: np.ndarray, cfg_scale: float, interval: tuple[float, float] | None) -> np.ndarray:
+    """Whether guidance acts, for noise levels of any shape: where low < sigma <= high of the interval.
+
+    None: everywhere; a scale of 1 acts nowhere. Beyond it guidance costs nothing (arXiv 2404.07724).
+    """
+    if cfg_scale == 1:
+        return np.zeros(np.shape(sigma), bool)
+    low, high = (-np.inf, np.inf) if interval is None else interval
+    # As samples are computed, so that a highest level of 80 is not above 80 by float64's last digit.
+    rounded, ends = np.asarray(sigma, np.float32), np.array([low, high], np.float64)
+    with np.errstate(over="ignore"):
+        low, high = ends.astype(np.float32)
+    return (low < rounded) & (rounded <= high)

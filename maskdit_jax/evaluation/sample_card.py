@@ -1,19 +1,22 @@
 """The card of a set of samples: what was measured, of what, how; as JSON, as lines, and as a picture."""
 
+import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import maskdit_jax
 from maskdit_jax.data.images import save_png, tile
+from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, known, printable, shown
-from maskdit_jax.evaluation.features import PIXELS, Extractor, inception
+from maskdit_jax.evaluation.features import LATENTS, PIXELS, Extractor, inception
 from maskdit_jax.evaluation.manifold import nearest
 from maskdit_jax.evaluation.measure import in_batches, measure
 from maskdit_jax.evaluation.metrics import METRICS
@@ -28,10 +31,15 @@ USUAL_SAMPLES, USUAL_KEPT = 50_000, 10_000
 FEW_REAL = 10_000
 PAIRS, PAIRS_PER_ROW = 32, 4  # of the picture
 PROGRESS_S = 10
-NEIGHBOURS_FROM = 10_000  # of the images that a user gives to look for neighbours in
+NEIGHBOURS_FROM = 1000  # real images whose features are made for the picture alone
+WITHOUT_WEIGHTS = {extractor.name: extractor for extractor in (PIXELS, LATENTS)}
+
+# Of samples.json, in the order of the lines; and of its sampler, even where nothing is unusual.
+ALWAYS_SAID = ("solver", "num_steps", "cfg_scale", "guidance_interval")
+SAID = ("seeds", "labels", "nfe", "workdir", "step", "weights", "weights_digest", "weak", "precision")
 
 
-def evaluate(
+def evaluate_samples(
     samples: str | Path | None,
     reference: str | Path,
     *,
@@ -71,21 +79,26 @@ def evaluate(
                 f"{features} has features of {given.count:,} samples, {samples} has {sample_set.count:,}"
             )
         target = _reference_for_features(Path(reference))
-        extractor, digest = _identity(target), given.sha256()
+        # Of what others have made nobody can say whether it is the reference's: its size must do.
+        extractor = Extractor(target.extractor, target.extractor_digest, _flat)
+        network, digest = "features", given.sha256()
     else:
         assert sample_set is not None
         given, target = sample_set, read_reference(reference)
         extractor = choose_extractor(target, inception, batch_size)
-        digest = extractor.digest
+        network, digest = extractor.name, extractor.digest
     names = _choose_metrics(metrics, extractor, target)
-    values = measure(with_progress(given, batch_size), extractor, target, names)
+    extractor = _same_size(extractor, target)
+    target = with_features(target, extractor, names)
+    batches = with_progress(given.read(batch_size * jax.device_count()), given.count, "samples")
+    values = measure(batches, extractor, target, names)
     card: dict[str, Any] = {
         "format": 1,
-        "metrics": {metric_label(name, given.count): values[name] for name in names},
+        "metrics": {metric_label(name, given.count, network): values[name] for name in names},
         "num_samples": given.count,
-        "samples": {"path": str(samples)} | (sample_set.about if sample_set is not None else {}),
+        "samples": {"path": str(samples or features)} | (sample_set.about if sample_set is not None else {}),
         "extractor": {
-            "name": extractor.name if features is None else f"features of {features}",
+            "name": network if features is None else f"{network} of {features}",
             "sha256": digest,
         },
         "reference": {
@@ -100,7 +113,8 @@ def evaluate(
         | {"maskdit_jax": maskdit_jax.__version__, "python": platform.python_version()},
     }
     if out is not None:
-        _write(card, Path(out), _picture(sample_set, extractor, target, images, features is not None))
+        picture = _picture(sample_set, extractor, target, images, features is not None)
+        _write(card, Path(out), picture)
     return card
 
 
@@ -112,24 +126,31 @@ def choose_extractor(reference: Reference, weights: str | Path | None, batch_siz
     """
     if weights is not None:
         return inception(weights, batch_size)
-    if reference.extractor == PIXELS.name:
-        return PIXELS
+    if reference.extractor in WITHOUT_WEIGHTS:
+        return WITHOUT_WEIGHTS[reference.extractor]
     if reference.extractor in ("", "inception"):
         raise UserError(f"the reference needs features by Inception. {WHERE}")
     raise UserError(f"the reference has features by {shown(reference.extractor)}: give --features=FILE.npz")
 
 
-def _identity(reference: Reference) -> Extractor:
-    """Of features that a user gives nobody can say whether they are the reference's: their size must do."""
-    size = len(reference.moments["pool"][0])
+def _same_size(extractor: Extractor, reference: Reference) -> Extractor:
+    """The extractor, which refuses features of another size than the reference's."""
 
-    def extract(features: np.ndarray) -> dict[str, np.ndarray]:
-        flat = features.reshape(len(features), -1)
-        if flat.shape[1] != size:
-            raise UserError(f"features of {flat.shape[1]} values, but the reference's have {size}")
-        return {"pool": flat}
+    def extract(images: np.ndarray) -> dict[str, np.ndarray]:
+        parts = extractor.extract(images)
+        for part, (mean, _) in reference.moments.items():
+            if part in parts and parts[part].shape[1] != len(mean):
+                raise UserError(
+                    f"samples {_by(images.shape[1:])} have {parts[part].shape[1]:,} features by "
+                    f"{extractor.name!r}, the reference's are {len(mean):,}: of another size or network?"
+                )
+        return parts
 
-    return Extractor(reference.extractor, reference.extractor_digest, extract)
+    return extractor._replace(extract=extract)
+
+
+def _flat(x: np.ndarray) -> dict[str, np.ndarray]:
+    return {"pool": x.reshape(len(x), -1)}
 
 
 def _reference_for_features(path: Path) -> Reference:
@@ -138,8 +159,9 @@ def _reference_for_features(path: Path) -> Reference:
     if has_statistics:
         return read_reference(path)
     real = open_features(path)
-    extractor = Extractor("features", "", lambda x: {"pool": x.reshape(len(x), -1)})
-    made = make_reference(real.read(USUAL_KEPT), real.count, extractor, origin=str(path))
+    made = make_reference(
+        real.read(USUAL_KEPT), real.count, Extractor("features", "", _flat), origin=str(path)
+    )
     return made._replace(digest=real.sha256())
 
 
@@ -158,24 +180,38 @@ def _choose_metrics(asked: Collection[str] | None, extractor: Extractor, referen
     ]
 
 
-def metric_label(name: str, count: int) -> str:
-    """Such as FID-50k or FID-1437: a number of another count of samples is another number."""
+def metric_label(name: str, count: int, extractor: str) -> str:
+    """Such as FID-50k, FID-1437 or FID-500 (pixels): of another count, or of other features than Inception's,
+    it is another number."""
     thousands = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"{METRICS[name].label}-{thousands}"
+    return f"{METRICS[name].label}-{thousands}" + f" ({extractor})" * (extractor != "inception")
 
 
-def with_progress(samples: SampleSet, batch_size: int) -> Iterator[np.ndarray]:
-    """The batches of a set; now and then it is said how many there were, and for how long there will be."""
+def with_progress(batches: Iterable[np.ndarray], count: int, what: str) -> Iterator[np.ndarray]:
+    """The batches of `count` items; now and then the log says how many there were, and the time left."""
     done, started = 0, time.monotonic()
     said = started
-    for batch in samples.read(max(batch_size, 1) * 8):
+    for batch in batches:
         yield batch
         done += len(batch)
         now = time.monotonic()
         if now - said > PROGRESS_S:
             said = now
-            left = duration((now - started) / done * (samples.count - done))
-            log.info(f"{done:,}/{samples.count:,} samples, {left} left")
+            left = duration((now - started) / done * (count - done))
+            log.info(f"{done:,}/{count:,} {what}, {left} left")
+
+
+def with_features(reference: Reference, extractor: Extractor, metrics: Collection[str]) -> Reference:
+    """The reference, with features of its images where these metrics need them and it has none."""
+    needed = any(METRICS[name].compares == "features" for name in metrics)
+    if not needed or reference.features is not None or reference.images is None:
+        return reference
+    return reference._replace(features=_features_of(reference.images, extractor))
+
+
+def _features_of(images: np.ndarray, extractor: Extractor) -> np.ndarray:
+    batches = with_progress(in_batches(images), len(images), "real images")
+    return np.concatenate([extractor.extract(batch)["pool"] for batch in batches])
 
 
 def _num_kept(reference: Reference) -> int:
@@ -243,11 +279,9 @@ def _picture(
         log.info("no real images to look for neighbours in: --images=FOLDER gives some")
         return tile(first, PAIRS_PER_ROW * 2)
     if real_features is None:
-        real_features = np.concatenate([extractor.extract(part)["pool"] for part in in_batches(real)])
-    ours = extractor.extract(first)["pool"]
-    if ours.shape[1] != real_features.shape[1]:
-        raise UserError(f"images: features of {real_features.shape[1]} values, samples' {ours.shape[1]}")
-    _, places = nearest(ours, real_features)
+        real = real[:NEIGHBOURS_FROM]
+        real_features = _features_of(real, extractor)
+    _, places = nearest(extractor.extract(first)["pool"], real_features)
     pairs = [image for i, place in enumerate(places) for image in (first[i], _like(real[place], first[i]))]
     return tile(np.stack(pairs), PAIRS_PER_ROW * 2)
 
@@ -264,9 +298,10 @@ def _like(image: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _write(card: dict[str, Any], out: Path, picture: np.ndarray | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
+    card["picture"] = None
     if picture is not None:
-        with appears_whole(out.with_suffix(".png")) as partial:
-            save_png(partial, picture)
+        card["picture"] = str(out.with_suffix(".png"))
+        save_png(out.with_suffix(".png"), picture)
     with appears_whole(out) as partial:
         partial.write_text(json.dumps(card, indent=1))
 
@@ -278,7 +313,9 @@ def describe(card: dict[str, Any]) -> str:
     rows.append(("samples", f"{card['num_samples']:,} of {about['path']}"))
     rows += [(name, about[name]) for name in SAID if about.get(name) is not None]
     if isinstance(sampler, dict):
-        rows.append(("sampler", ", ".join(f"{key}={value}" for key, value in sampler.items())))
+        usual = dataclasses.asdict(SamplerOptions())
+        told = {k: v for k, v in sampler.items() if k in ALWAYS_SAID or v != usual.get(k)}
+        rows.append(("sampler", ", ".join(f"{name}={value}" for name, value in told.items())))
     extractor, reference = card["extractor"], card["reference"]
     rows.append(("features", f"{extractor['name']} {extractor['sha256'][:12]}"))
     count = "?" if reference["count"] is None else f"{reference['count']:,}"
@@ -287,7 +324,3 @@ def describe(card: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {shown(value, 200)}" for name, value in rows]
     return "\n".join(["card", *lines, *(f"  warning: {printable(text)}" for text in card["warnings"])])
-
-
-# Of samples.json, in the order of the lines.
-SAID = ("seeds", "labels", "nfe", "workdir", "step", "weights", "weights_digest", "weak", "precision")

@@ -3,6 +3,7 @@
 Images are read as they are and never resized: that would change what is measured.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maskdit_jax.data.image_sets import SUFFIXES
-from maskdit_jax.data.images import MAX_FILE_BYTES, decode_image
+from maskdit_jax.data.images import MAX_FILE_BYTES, decode_image, read_png
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.evaluation.npz import BATCH_BYTES, Npz
 from maskdit_jax.files import read_json
@@ -22,6 +23,7 @@ ABOUT, ARRAYS = "samples.json", "samples.npz"
 # Where arrays of features, given by a user, may stand in their file.
 FEATURES = ("features", "pool", "arr_0")
 _THREADS = 4  # that decode images
+MAX_DEPTH = 5  # of samples.json, of which ours have three
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def open_samples(path: str | Path, num_samples: int | None = None) -> SampleSet:
     if about and num_samples is None and found.count != about["num_samples"]:
         raise UserError(
             f"{path} holds {found.count:,} samples, {ABOUT} in it says {about['num_samples']:,}: the command "
-            "that made them, given again, makes what is missing"
+            f"that made them, given again, makes what is missing; an older {ARRAYS} beside images is to go"
         )
     return found
 
@@ -79,11 +81,20 @@ def open_samples(path: str | Path, num_samples: int | None = None) -> SampleSet:
 def _check_about(about: dict[str, Any], file: Path) -> None:
     if about.get("finished") is not True:
         raise UserError(f"{file}: these samples are not finished: give the command that makes them again")
-    count, shape = about.get("num_samples"), about.get("image_shape")
+    count, shape = about.get("num_samples"), about.get("image_shape", [1, 1, 1])
     if type(count) is not int or count < 1:
         raise UserError(f"{file}: num_samples={shown(count)}, expected a whole number of at least 1")
     if not isinstance(shape, list) or len(shape) != 3 or any(type(n) is not int or n < 1 for n in shape):
         raise UserError(f"{file}: image_shape={shown(shape)}, expected [height, width, channels]")
+    if not _is_flat(about, MAX_DEPTH):  # it is written again, into the card
+        raise UserError(f"{file} is damaged: its lists and objects are nested too deeply")
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_flat(x, depth - 1) for x in inner)
 
 
 def _taken(available: int, wanted: int | None, path: Path) -> int:
@@ -102,7 +113,7 @@ def _from_npz(path: Path, num_samples: int | None, about: dict[str, Any]) -> Sam
         raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 or float32 [n, H, W, C]")
     if shape[3] not in (1, 3) and dtype == np.uint8:
         raise UserError(f"{path}: arr_0 is {list(shape)}: images have 3 channels or 1, in the last place")
-    if about and list(shape[1:]) != about["image_shape"]:
+    if list(shape[1:]) != about.get("image_shape", list(shape[1:])):
         raise UserError(f"{path}: arr_0 is {list(shape)}, {ABOUT} says images of {about['image_shape']}")
     count = _taken(shape[0], num_samples, path)
     read = lambda batch_size: arrays.batches("arr_0", batch_size, count)  # noqa: E731
@@ -114,11 +125,10 @@ def _from_images(path: Path, num_samples: int | None, about: dict[str, Any]) -> 
     if not files:
         raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
     files = files[: _taken(len(files), num_samples, path)]
-    # Grey PNGs are decoded as three equal channels.
-    channels = 1 if about and about["image_shape"][2] == 1 else 3
-    first = _load(files[0], channels, None)
-    shape = (first.shape[0], first.shape[1], channels)
-    if about and list(shape) != about["image_shape"]:
+    load = functools.partial(_load, written_here=bool(about))
+    first = load(files[0])
+    shape = first.shape
+    if list(shape) != about.get("image_shape", list(shape)):
         raise UserError(f"{files[0]} is {list(shape)}, {ABOUT} says {about['image_shape']}")
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
@@ -126,7 +136,14 @@ def _from_images(path: Path, num_samples: int | None, about: dict[str, Any]) -> 
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(files), at_once):
                 part = files[start : start + at_once]
-                yield np.stack(list(pool.map(lambda file: _load(file, channels, shape), part)))
+                images = list(pool.map(load, part))
+                for file, image in zip(part, images):
+                    if image.shape != shape:
+                        raise UserError(
+                            f"{file} is {list(image.shape)}, others of this set {list(shape)}: samples of "
+                            "one size are measured, and never resized"
+                        )
+                yield np.stack(images)
 
     return SampleSet(path, len(files), shape, np.dtype(np.uint8), about, read)
 
@@ -138,18 +155,17 @@ def _image_files(path: Path, about: dict[str, Any]) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
-def _load(file: Path, channels: int, shape: tuple[int, int, int] | None) -> np.ndarray:
-    """An image uint8 [H, W, channels], which must have the others' shape."""
+def _load(file: Path, written_here: bool) -> np.ndarray:
+    """An image uint8 [H, W, 3], or as `sample` wrote it, where grey has one channel."""
     if not file.is_file():
         raise UserError(f"{file}: not a file")
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
         raise UserError(f"{file}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image")
-    image = np.asarray(decode_image(file.read_bytes(), str(file)))[..., :channels]
-    if shape is not None and image.shape != shape:
-        raise UserError(
-            f"{file} is {image.shape[1]}×{image.shape[0]} pixels, others of this set {shape[1]}×{shape[0]}: "
-            "samples of one size are measured, and never resized"
-        )
+    if not written_here:
+        return np.asarray(decode_image(file.read_bytes(), str(file)))
+    image = read_png(file)
+    if image.dtype != np.uint8 or image.shape[-1] not in (1, 3):
+        raise UserError(f"{file} is {image.dtype} {list(image.shape)}, which `sample` writes none of")
     return image
 
 
