@@ -291,6 +291,8 @@ METAS = [
     ("seconds NaN", meta(seconds=float("nan"))),
     ("seconds a text", meta(seconds="1.5")),
     ("no digests of weights", meta(digests={})),
+    ("best a text", meta(best="x")),
+    ("best by NaN", meta(best={"metric": "fid_2", "reference": "", "score": float("nan")})),
 ]
 RUN = [
     ("no JSON", content(META, b"hello"), UNREADABLE),

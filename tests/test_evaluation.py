@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from golden_case import GOLDEN
 from tiny import command_environment
 
 from maskdit_jax.errors import UserError
+from maskdit_jax.evaluation.features import Extractor
 from maskdit_jax.evaluation.manifold import (
     density_coverage,
     mutually_inside,
@@ -16,6 +18,7 @@ from maskdit_jax.evaluation.manifold import (
     precision_recall,
     squared_radii,
 )
+from maskdit_jax.evaluation.measure import measure
 from maskdit_jax.evaluation.metrics import (
     InceptionScore,
     Moments,
@@ -23,6 +26,7 @@ from maskdit_jax.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
 )
+from maskdit_jax.evaluation.reference import make_reference
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +212,23 @@ def test_nearest_is_that_of_all_pairs_and_zero_in_a_set_that_holds_it():
     distances, places = nearest(a, np.concatenate([b, a]))
     np.testing.assert_array_equal(distances, np.zeros(7))
     np.testing.assert_array_equal(places, np.arange(7, 14))
+
+
+def test_metrics_that_stream_keep_no_features():
+    """50,000 images of 64 features: 12.8 MB; others keep just these."""
+    images = np.random.default_rng(0).standard_normal((500, 8, 8, 1)).astype(np.float32)
+    extractor = Extractor("test", "", lambda x: {"pool": x.reshape(len(x), -1), "logits": x[:, :, 0, 0]})
+    reference = make_reference([images], 500, extractor)
+
+    def peak(*names: str) -> float:
+        tracemalloc.start()
+        measure((images + i / 1000 for i in range(100)), extractor, reference, names)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used / 1e6
+
+    assert peak("fid", "inception_score") < 2
+    assert peak("coverage") > 12.8
 
 
 AT_FULL_SIZE = """

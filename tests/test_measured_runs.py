@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from readers import write_moments
 from test_resume import train
 from tiny import REPORTED, all_files, call_tool, refusal, steps_of, tiny_config
 
@@ -110,6 +111,14 @@ def test_reference_of_other_features_is_refused_before_training(tmp_path):
         Monitor(config, Codec("pixels", 1.0))
 
 
+def test_reference_of_other_images_is_refused_before_training(tmp_path):
+    about = {"count": 9, "extractor": "pixels", "extractor_digest": "", "origin": ""}
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(192), sigma=np.eye(192), about=np.array(json.dumps(about)))
+    config = tiny_config({"evaluation.every_steps": 4, "evaluation.reference": tmp_path / "ref.npz"})
+    with pytest.raises(UserError, match="has 192 features of an image, those of this run have 64"):
+        Monitor(config, Codec("pixels", 1.0))
+
+
 def write_squares(folder, classes: list[str], count: int = 30) -> np.ndarray:
     """PNGs of 8×8 pixels, of each class around a brightness of its own; all of them in the sources' order."""
     rng, images = np.random.default_rng(0), []
@@ -154,6 +163,20 @@ def test_card_of_a_folder(classes, tmp_path, monkeypatch):
     else:
         assert asked == [None]
         assert "class" not in " ".join(unguided) and "class share" not in described
+
+
+def test_card_of_latents_compares_latents(tmp_path, monkeypatch):
+    """Without an autoencoder there is nothing else; 5 of the 10 views of images are the reference."""
+    folder = write_moments(tmp_path)
+    options = {"data.space": "latents", "data.image_size": 4, "data.channels": 3, "data.num_classes": 5}
+    config = tiny_config(options | {"data.source": f"latents:{folder}"})
+    drawn = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32)
+    monkeypatch.setattr(card, "sample_batches", lambda *_: iter([drawn]))
+    model = Model(config, {}, make_mesh(1, 1), Codec("latents", config.data.latent_scale))
+    found = card.evaluation_card(model, 8)
+    assert found["features"] == "latents"
+    assert found["reference"] == f"5 of the 10 training items of latents:{folder}"
+    assert found["unguided"]["frechet_distance"] > found["real_train_frechet_distance"]
 
 
 def test_reference_of_a_command_is_what_its_images_say(tmp_path, monkeypatch, capsys):

@@ -15,10 +15,10 @@ from maskdit_jax.evaluation.real import (
     compared_codec,
     features_of,
     open_extractor,
+    read_fitting,
     real_data,
     sample_batches,
 )
-from maskdit_jax.evaluation.reference import read_reference
 from maskdit_jax.sampling import Model
 
 MAX_LEARNED, MAX_CLASSES = 3_000, 100  # items and classes that a support vector machine learns
@@ -56,9 +56,7 @@ def evaluation_card(model: Model, num_samples: int) -> dict[str, Any]:
     each = {id(real): real for real in data}
     found = {key: features_of(x, codec, extractor, config.data.num_threads) for key, x in each.items()}
     held_out, training, seen, labelled = (found[id(real)] for real in data)
-    file = read_reference(evaluation.reference) if evaluation.reference else None
-    if file:
-        file.check_extractor(extractor)
+    file = read_fitting(config, extractor) if evaluation.reference else None
     statistics = file.moments["pool"] if file else feature_statistics(held_out[0])
     classifier = _classifier(*labelled) if model.shape.num_classes else None
     yardstick = _Yardstick(extractor, statistics, seen[0], classifier)

@@ -35,6 +35,12 @@ def measure(
                 raise UserError(f"{labels}: features by {extractor.name!r} have no {part} part")
             if not np.isfinite(parts[part]).all():
                 raise UserError("samples are not finite: have they been made with weights that are?")
+            mean = reference.moments.get(part, (parts[part][0],))[0]
+            if parts[part].shape[1] != len(mean):
+                raise UserError(
+                    f"{part} features by {extractor.name!r} are {parts[part].shape[1]:,} for each sample, "
+                    f"the reference's {len(mean):,}: are its images of another size?"
+                )
             collector.add(parts[part])
     values: dict[str, float] = {}
     # Metrics that come from one computation share it.

@@ -15,7 +15,7 @@ from maskdit_jax.distributed.mesh import batch_sharding, make_mesh, repeat_to, t
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation import features
 from maskdit_jax.evaluation.features import Extractor
-from maskdit_jax.evaluation.reference import Reference, make_reference, read_reference
+from maskdit_jax.evaluation.reference import INCEPTION_SIZES, Reference, make_reference, read_reference
 from maskdit_jax.sampling import Model
 
 MAX_ITEMS = 10_000  # of either half of a source
@@ -132,13 +132,10 @@ def open_reference(
     """The reference file that a configuration names, or statistics of the held-out items and their labels.
 
     Raises:
-      UserError: the file cannot be read, or has features of another kind.
+      UserError: the file cannot be read, or has features of another kind or size.
     """
-    evaluation = evaluation_of(config)
-    if evaluation.reference:
-        reference = read_reference(evaluation.reference)
-        reference.check_extractor(extractor)
-        return reference, None
+    if evaluation_of(config).reference:
+        return read_fitting(config, extractor), None
     labels: list[np.ndarray] = []
 
     def images() -> Iterator[np.ndarray]:
@@ -149,6 +146,27 @@ def open_reference(
     count, origin = len(held_out.items), held_out.origin
     reference = make_reference(images(), count, extractor, num_kept=0, origin=origin)
     return reference, np.concatenate(labels)
+
+
+def read_fitting(config: ConfigDict, extractor: Extractor) -> Reference:
+    """The reference file that a configuration names.
+
+    Raises:
+      UserError: it cannot be read, or has features of another kind or size than the run's.
+    """
+    path, shape = evaluation_of(config).reference, shape_of(config)
+    reference = read_reference(path)
+    reference.check_extractor(extractor)
+    size = len(reference.moments["pool"][0])
+    values = (
+        INCEPTION_SIZES["pool"] if extractor.name == "inception" else shape.image_size**2 * shape.channels
+    )
+    if size != values:
+        raise UserError(
+            f"evaluation.reference={path} has {size:,} features of an image, those of this run have "
+            f"{values:,}"
+        )
+    return reference
 
 
 def compared_codec(codec: Codec, evaluation: Evaluation) -> Codec:

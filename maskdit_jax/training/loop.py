@@ -1,4 +1,4 @@
-"""The training loop: data → step → report → checkpoint → preview. No mathematics."""
+"""The training loop: data → step → report → preview → measurement → checkpoint. No mathematics."""
 
 import contextlib
 import sys
@@ -108,6 +108,7 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
                     reporter.grid(step, sample_grid(ema_model(codec)))
                 if monitor and measurement_due:
                     score = monitor.score(ema_model(monitor.codec))
+                    checkpoints.settle()  # of the processes' saves one at a time
                     is_best = best is not None and best.offer(score, state, meta())
                     reporter.measured(step, monitor.name, score, is_best)
                 # The update before skipped ones may have ruined the weights: older checkpoints stay.
