@@ -52,6 +52,8 @@ except ModuleNotFoundError:
 EMA_RULES = ("constant", "warmup")
 INIT_WEIGHTS = ("both", "params", "ema")
 MAX_PREVIEWS = 10_000  # images of one grid, sampled at once
+FEATURES = ("pixels", "inception")
+MAX_COMPARED = 2**12  # values of an image whose covariance can be taken
 
 
 # Upper bounds are far beyond what anybody trains. What is larger is a slip, over which XLA would abort the
@@ -168,9 +170,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The card at the end of training."""
+    """How good samples are: the card at the end of training, and one number during it."""
 
-    num_samples: int = option(0, "samples of the card; 0: no card", at_least=0, at_most=10**6)
+    num_samples: int = option(0, "samples of the card at the end; 0: no card", at_least=0, at_most=10**6)
+    every_steps: int = option(0, "updates between measurements during training; 0: none", at_least=0)
+    during_samples: int = option(
+        1_000, "samples of such a measurement, whose name tells the number", at_least=2, at_most=10**6
+    )
+    features: str = option(
+        "pixels", "compared are pixels (or latents) themselves, or inception's features", choices=FEATURES
+    )
+    inception: str = option("", "file of Inception's weights, for features=inception")
+    reference: str = option(
+        "", "file of tools/reference_stats.py; empty: the run's own data, of digits the held-out ones"
+    )
+    keep_best: bool = option(False, "keep the weights that measured best during training in WORKDIR/best")
 
 
 SECTIONS = {
@@ -255,6 +269,12 @@ def compute_of(config: ConfigDict) -> Compute:
     return from_section(Compute, config.compute)
 
 
+def evaluation_of(config: ConfigDict) -> Evaluation:
+    """The section evaluation; of a run that was saved before an option was there, with its default."""
+    found, names = config.evaluation, [field for field, _, _ in each_option(Evaluation)]
+    return Evaluation(**{name: found[name] for name in names if name in found})
+
+
 def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
     """A checked, locked copy with the network's size filled in and the mesh made explicit.
 
@@ -294,17 +314,39 @@ def _check_together(config: ConfigDict) -> None:
         not config.vae or config.data.space == "latents",
         f"vae={config.vae!r} decodes latents, but data.space='pixels'; leave it empty",
     )
-    count = config.evaluation.num_samples
-    _require(
-        not count or config.data.source.partition(":")[0] == "digits",
-        f"evaluation.num_samples={count} is for data.source='digits'; set it to 0",
-    )
-    _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")
+    _check_evaluation(config)
     rows, columns = config.report.preview_rows, config.report.preview_columns
     _require(
         rows * columns <= MAX_PREVIEWS,
         f"report.preview_rows={rows} × report.preview_columns={columns} are {rows * columns:,} images, more "
         f"than {MAX_PREVIEWS:,}",
+    )
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+    evaluation, data = evaluation_of(config), config.data
+    count, name = evaluation.num_samples, f"evaluation.features={evaluation.features!r}"
+    _require(count != 1, "evaluation.num_samples=1 has no covariance; use 0, no card, or at least 2")
+    _require(
+        bool(evaluation.every_steps) or not evaluation.keep_best,
+        "evaluation.keep_best=True keeps what measures best, but evaluation.every_steps=0 measures nothing",
+    )
+    if not (count or evaluation.every_steps):
+        return
+    if evaluation.features == "inception":
+        _require(bool(evaluation.inception), f"{name} needs evaluation.inception=FILE, its weights")
+        _require(
+            data.space == "pixels" or bool(config.vae),
+            f"{name} sees images, data.space='latents' are none: give their autoencoder as vae, or use "
+            "evaluation.features=pixels, which compares latents",
+        )
+        return
+    values = data.image_size**2 * data.channels
+    _require(
+        values <= MAX_COMPARED,
+        f"{name}: an image of the model has {values:,} values, more than the {MAX_COMPARED:,} of which a "
+        "covariance can be taken: use evaluation.features=inception, or set evaluation.num_samples and "
+        "evaluation.every_steps to 0",
     )
 
 

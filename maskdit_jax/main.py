@@ -13,8 +13,8 @@ from maskdit_jax.config import described, resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.distributed.hosts import add_flags, joined
 from maskdit_jax.errors import Parser, one_line_errors
-from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
+from maskdit_jax.finish import finish
 from maskdit_jax.log import log_to_stdout
 from maskdit_jax.training.agreement import agree, check_same_folder, data_identity, run_options, this_process
 from maskdit_jax.training.loop import open_configured_source, train

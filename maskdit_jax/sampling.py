@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
@@ -17,7 +17,7 @@ from maskdit_jax.data.codec import Codec
 from maskdit_jax.diffusion.edm import Denoiser
 from maskdit_jax.diffusion.guidance import guide, null_label_sides
 from maskdit_jax.diffusion.solvers import SamplerOptions, count_network_calls, generate
-from maskdit_jax.distributed.mesh import batch_sharding, repeat_to, to_host, to_mesh
+from maskdit_jax.distributed.mesh import AXES, batch_sharding, repeat_to, to_host, to_mesh
 from maskdit_jax.errors import UserError, known
 from maskdit_jax.methods.method import Method, Params, network_graph
 
@@ -102,6 +102,7 @@ class Model:
                 self.params,
                 weak.params if weak else None,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
+                mesh=self.mesh,
                 network=self._network,
                 weak_network=weak._network if weak else None,
                 image_shape=self.image_shape,
@@ -197,8 +198,23 @@ def _denoise(params, x, sigma, labels, network, cfg_scale):
     return guided(x, jnp.asarray(sigma, jnp.float32), labels)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "weak_network", "image_shape", "options"))
-def _sample(params, weak_params, seeds, labels, noise=None, *, network, weak_network, image_shape, options):
-    weak = weak_network.denoiser(weak_params) if weak_network else None
+@functools.partial(jax.jit, static_argnames=("mesh", "network", "weak_network", "image_shape", "options"))
+def _sample(
+    params, weak_params, seeds, labels, noise=None, *, mesh, network, weak_network, image_shape, options
+):
     levels = network.method.noise_levels()
-    return generate(network.denoiser(params), seeds, labels, image_shape, options, noise, levels, weak)
+
+    def on_one_device(params, weak_params, seeds, labels, noise):
+        weak = weak_network.denoiser(weak_params) if weak_network else None
+        return generate(network.denoiser(params), seeds, labels, image_shape, options, noise, levels, weak)
+
+    # Written out, so that each device runs the program that one alone would: cut by the compiler, a program's
+    # images differ in their last bits.
+    items, whole = PartitionSpec(AXES), PartitionSpec()
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(whole, whole, items, items, items),
+        out_specs=items,
+        check_vma=False,
+    )(params, weak_params, seeds, labels, noise)

@@ -1,10 +1,12 @@
 """Hostile data sets: the cases of tests/test_hostile.py for readers of data."""
 
 import io
+import json
 import os
 import pickle
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 from damage import Damage, changed, content, cut, deep, folder, huge, json_with, pipe, removed
 from PIL import Image
 from readers import MOMENTS_SHAPE, lmdb_keys, tar_members, write_lmdb, write_tar
+
+from maskdit_jax.data.images import save_png
 
 # Folders of moments
 
@@ -454,4 +458,84 @@ IMAGE_CASES = [
     ("image", "no folder", lambda path: path.rename(path.with_name("away")), "there is no such folder"),
 ]
 
-CASES = [*MOMENTS_CASES, *LMDB_CASES, *TAR_CASES, *IMAGE_CASES]
+# Sets of samples: samples.json with samples.npz or with PNGs
+
+ABOUT, ARRAYS = "samples.json", "samples.npz"
+
+
+def arrays(**new: np.ndarray) -> Damage:
+    """The .npz has other arrays."""
+    return lambda path: np.savez(path / ARRAYS, allow_pickle=True, **new)
+
+
+def features(**new: np.ndarray) -> Damage:
+    """The .npz of features has other arrays."""
+    return lambda path: np.savez(path, allow_pickle=True, **new)
+
+
+def arr_0(new: bytes) -> Damage:
+    """The member arr_0.npy is `new`, in a sound archive."""
+
+    def damage(path: Path) -> None:
+        with zipfile.ZipFile(path / ARRAYS, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("arr_0.npy", new)
+
+    return damage
+
+
+def numpy_header(shape: str, dtype: str = "'|u1'", version: int = 1) -> bytes:
+    text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<L", len(text)) + text
+
+
+PICTURES, BIG = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)
+BOMB = numpy_header("(30, 1000, 1000, 1)") + bytes(30_000_000)
+SAMPLES = [
+    ("samples", "json missing, other sizes", json_with(ABOUT, num_samples=4), "holds 3 samples", "says 4"),
+    ("samples", "not finished", json_with(ABOUT, finished=False), "not finished", "the command"),
+    ("samples", "finished a text", json_with(ABOUT, finished="true"), "not finished"),
+    ("samples", "count a text", json_with(ABOUT, num_samples="3"), "num_samples=3, expected a whole"),
+    ("samples", "count true", json_with(ABOUT, num_samples=True), "num_samples=True"),
+    ("samples", "shape a text", json_with(ABOUT, image_shape="8"), "image_shape=8, expected [height"),
+    ("samples", "shape of texts", json_with(ABOUT, image_shape=["8", 8, 3]), "image_shape=['8', 8, 3]"),
+    ("samples", "another shape", json_with(ABOUT, image_shape=[8, 8, 1]), "says images of [8, 8, 1]"),
+    ("samples", "json deep", deep(ABOUT), "samples.json is damaged"),
+    ("samples", "deep inside", json_with(ABOUT, model=json.loads("[" * 300 + "]" * 300)), "nested too"),
+    ("samples", "json a list", content(ABOUT, b"[]"), "expected a JSON object"),
+    ("samples", "npz text", content(ARRAYS, b"hello" * 99), "samples.npz is damaged or no .npz"),
+    ("samples", "npz empty", content(ARRAYS, b""), "samples.npz is damaged or no .npz"),
+    ("samples", "npz cut", cut(ARRAYS, -50), "samples.npz is damaged or no .npz"),
+    ("samples", "npz a pipe", pipe(ARRAYS), "samples.npz: not a file"),
+    ("samples", "no arr_0", arrays(mine=PICTURES), "has no array arr_0, only mine"),
+    ("samples", "objects", arrays(arr_0=np.full((3, 8, 8, 3), None)), "holds object"),
+    ("samples", "three dimensions", arrays(arr_0=PICTURES[0]), "arr_0 is uint8 [8, 8, 3], expected"),
+    ("samples", "doubles", arrays(arr_0=PICTURES.astype(float)), "arr_0 is float64"),
+    ("samples", "none", arrays(arr_0=PICTURES[:0]), "arr_0 is uint8 [0, 8, 8, 3], expected"),
+    ("samples", "NCHW", arrays(arr_0=PICTURES.transpose(0, 3, 1, 2).copy()), "images have 3 channels or 1"),
+    ("samples", "Fortran's order", arrays(arr_0=np.asfortranarray(PICTURES)), "Fortran's order"),
+    ("samples", "a huge shape", arr_0(numpy_header("(9000000000000000000, 8, 8, 3)")), "but has 0 bytes"),
+    ("samples", "a negative shape", arr_0(numpy_header("(-3, -8, 8, 3)") + bytes(576)), "(-3, -8, 8, 3)"),
+    ("samples", "a nested header", arr_0(numpy_header("(" * 5000 + ")" * 5000)), "damaged or no .npz"),
+    ("samples", "a header of 2 GB", arr_0(b"\x93NUMPY\2\0\0\0\0\x70" + bytes(9**7)), "damaged or no .npz"),
+    ("samples", "a header of code", arr_0(numpy_header("__import__('os').system('touch pwned')")), "no .npz"),
+    ("samples", "a bomb", arr_0(BOMB), "claims to be 30,000,083 bytes in", "a decompression bomb?"),
+    ("samples", "values changed", changed(ARRAYS, lambda old: old.replace(bytes(range(50)), bytes(50))),
+     "damaged or no .npz file: Bad CRC-32"),
+    ("features", "images", features(arr_0=PICTURES), "arr_0 is uint8 [3, 8, 8, 3], expected floats [n, D]"),
+    ("features", "whole numbers", features(pool=np.arange(6).reshape(2, 3)), "pool is int64 [2, 3]"),
+    ("features", "none", features(features=np.zeros((0, 4))), "features is float64 [0, 4], expected"),
+    ("features", "of other names", features(x=np.zeros((3, 4))), "has no array features, only x"),
+    ("features", "objects", features(features=np.full((3, 4), None)), "holds object"),
+    ("sample images", "one missing", removed("000000/000001.png"), "holds 2 samples", "in it says 3"),
+    ("sample images", "one too small", lambda path: save_png(path / "000000/000001.png", PICTURES[0, :7]),
+     "000001.png", "fewer than 8 on a side"),
+    ("sample images", "another size", lambda path: save_png(path / "000000/000001.png", BIG),
+     "000001.png is [9, 9, 3], others of this set [8, 8, 3]"),
+    ("sample images", "transparent", lambda path: Image.new("RGBA", (8, 8)).save(path / "000000/000001.png"),
+     "000001.png is uint8 [8, 8, 4], which `sample` writes none of"),
+    ("sample images", "all of another size", json_with(ABOUT, image_shape=[9, 9, 3]), "is [8, 8, 3]"),
+    ("sample images", "text", content("000000/000002.png", b"hello"), "000002.png: not a readable image"),
+    ("sample images", "a pipe", pipe("000000/000002.png"), "000002.png: not a file"),
+]  # fmt: skip
+
+CASES = [*MOMENTS_CASES, *LMDB_CASES, *TAR_CASES, *IMAGE_CASES, *SAMPLES]

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from damage import Damage, changed, content, cut, deep, folder, huge, json_with, pipe, removed
 from readers import META, repair_meta, tiny_tensors
+from safetensors.numpy import load_file, save_file
 
 LARGE = 10**20  # more than any counter or memory holds
 
@@ -333,6 +335,35 @@ AUTOENCODER = [
     ("another activation", json_with(VAE, act_fn="x" * 10_000), "act_fn=xxx"),
 ]
 
+
+# Inception
+
+
+def tensor(name: str, value: Any) -> Damage:
+    """A tensor is another; None: it is missing."""
+
+    def damage(path: Path) -> None:
+        tensors = load_file(path) | {name: value}
+        save_file({name: x for name, x in tensors.items() if x is not None}, path)
+
+    return damage
+
+
+ONES = np.ones(2, np.float32)
+INCEPTION = [
+    ("missing", removed(""), "no such file", "sha256 6726825d", "toshas/torch-fidelity"),
+    ("a folder", folder(""), "not a file"),
+    ("a pipe", pipe(""), "not a file"),
+    ("cut short", cut("", -10), "damaged or cut short"),
+    ("a name missing", tensor("first.bn.bias", None), "1 missing: first.bn.bias"),
+    ("a name unexpected", tensor("second.bn.running_var", ONES), "1 unexpected: second.bn.running_var"),
+    ("a counter unexpected", tensor("second.bn.num_batches_tracked", ONES), "1 unexpected: second.bn.num"),
+    ("other classes", tensor("fc.bias", ONES), "1 of another shape: fc.bias [2] instead of [4]"),
+    ("integers", tensor("fc.bias", np.arange(4)), "1 tensor (fc.bias (I64)) is neither"),
+    ("NaN", tensor("first.bn.weight", ONES * np.nan), "first.bn.weight has values that are not finite"),
+    ("negative variance", tensor("first.bn.running_var", -ONES), "first.bn.running_var has values that are"),
+]
+
 CASES = [
     *(("pt", *case) for case in PT),
     *(("safetensors", *case) for case in SAFETENSORS),
@@ -340,4 +371,5 @@ CASES = [
     *(("meta", *case, UNREADABLE) for case in METAS),
     *(("run", *case) for case in RUN),
     *(("autoencoder", *case) for case in AUTOENCODER),
+    *(("inception", *case) for case in INCEPTION),
 ]

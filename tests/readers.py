@@ -27,15 +27,20 @@ from safetensors.numpy import save_file
 from maskdit_jax import export_torch, import_torch, load, load_autoencoder
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load as load_config
+from maskdit_jax.data.images import save_png
 from maskdit_jax.data.published import import_latents
 from maskdit_jax.data.shards import finish_shards, read_report, shard_names, write_shard
 from maskdit_jax.data.sources import open_source
-from maskdit_jax.evaluation.card import finish
-from maskdit_jax.interop import autoencoder, maskdit
+from maskdit_jax.evaluation.features import PIXELS
+from maskdit_jax.evaluation.reference import make_reference, read_reference, write_reference
+from maskdit_jax.evaluation.sample_set import open_features, open_samples
+from maskdit_jax.finish import finish
+from maskdit_jax.interop import autoencoder, inception, maskdit
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
 from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.compute import Compute
+from maskdit_jax.models.inception import Conv
 from maskdit_jax.training.checkpoint import Checkpoints, _meta_digest
 
 ROOT = Path(__file__).parent.parent
@@ -359,6 +364,67 @@ def autoencoder_files() -> dict[str, bytes]:
 READERS["autoencoder"] = Reader(lambda folder: copy_of(autoencoder_files(), folder / "vae"), load_autoencoder)
 
 
+# Weights: Inception's, of a network of one layer of each kind
+
+
+class TinyInception(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.fc = Conv(3, 2, 3, rngs=rngs), nnx.Linear(2, 4, rngs=rngs)
+
+
+def write_inception(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"first.bn.{name}": np.ones(2, np.float32) for name in inception._NORM}
+    tensors |= {"first.conv.weight": np.zeros((2, 3, 3, 3), np.float32), "fc.bias": np.zeros(4, np.float32)}
+    tensors |= {"fc.weight": np.zeros((4, 2), np.float32)}
+    save_file(tensors, folder / "in.safetensors")
+    return folder / "in.safetensors"
+
+
+def read_inception(path: Path) -> object:
+    shapes = nnx.split(nnx.eval_shape(lambda: TinyInception(nnx.Rngs(0))))[1]
+    return inception.read_weights(path, nnx.to_pure_dict(shapes))
+
+
+READERS["inception"] = Reader(write_inception, read_inception)
+
+
+# Sets of samples
+
+
+def write_samples(folder: Path) -> Path:
+    path, images = folder / "in", np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    path.mkdir(parents=True)
+    np.savez(path / "samples.npz", arr_0=images, arr_1=np.arange(3, dtype=np.int32))
+    about = {"format": 1, "num_samples": 3, "image_shape": [8, 8, 3], "dtype": "uint8", "finished": True}
+    (path / "samples.json").write_text(json.dumps(about | {"seeds": "0-2", "labels": "random"}))
+    return path
+
+
+def write_sample_images(folder: Path) -> Path:
+    path = write_samples(folder)
+    (path / "samples.npz").unlink()
+    (path / "000000").mkdir()
+    for seed in range(3):
+        save_png(path / f"000000/{seed:06d}.png", np.full((8, 8, 3), seed, np.uint8))
+    return path
+
+
+def read_samples(path: Path) -> object:
+    return [batch.sum() for batch in open_samples(path).read(2)]
+
+
+def write_features(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "in.npz", features=np.eye(3, 4))
+    return folder / "in.npz"
+
+
+READERS["features"] = Reader(write_features, lambda path: [x.sum() for x in open_features(path).read(2)])
+READERS["samples"] = Reader(write_samples, read_samples)
+READERS["sample images"] = Reader(write_sample_images, read_samples, repair_images)
+
+
 # A configuration, whose mistakes tests/test_config_file.py has by hand
 
 
@@ -370,3 +436,17 @@ def write_config(folder: Path) -> Path:
 
 
 READERS["config"] = Reader(write_config, lambda path: resolve(load_config(str(path)), device_count=1))
+
+
+# A reference of real images
+
+
+def write_reference_file(folder: Path) -> Path:
+    """Five images of four values each, with their features."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), np.uint8)
+    folder.mkdir(exist_ok=True)
+    write_reference(folder / "ref.npz", make_reference([images], 5, PIXELS, origin="test"))
+    return folder / "ref.npz"
+
+
+READERS["reference"] = Reader(write_reference_file, read_reference, repair_zip)

@@ -15,8 +15,8 @@ from maskdit_jax import load as load_model
 from maskdit_jax import main
 from maskdit_jax.api import other_weights
 from maskdit_jax.errors import UserError
-from maskdit_jax.evaluation.card import finish
 from maskdit_jax.files import locked
+from maskdit_jax.finish import finish
 from maskdit_jax.training.build import build
 from maskdit_jax.training.checkpoint import Checkpoints, DamagedError
 from maskdit_jax.training.report import Reporter

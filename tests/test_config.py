@@ -385,7 +385,13 @@ def test_last_override_counts():
             "method.network.patch_size=1",
             ["method.mae_coef=0.1", "method.network.patch_size=1", "data.channels=1"],
         ),
-        ("data.source=latents:data", ["evaluation.num_samples=1437", "digits"]),
+        ("data.image_size=128", ["evaluation.features='pixels'", "16,384 values", "features=inception"]),
+        (
+            "evaluation.features=inception",
+            ["evaluation.features='inception' needs evaluation.inception=FILE"],
+        ),
+        ("evaluation.keep_best=true", ["evaluation.keep_best=True", "evaluation.every_steps=0"]),
+        ("evaluation.num_samples=1", ["evaluation.num_samples=1 has no covariance"]),
     ],
 )
 def test_mistake_is_one_line_naming_the_option(override, fragments):
@@ -412,7 +418,7 @@ MAY_BE_0 = """
     optimizer.warmup_kimg optimizer.b1 optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data
     checkpoint.keep_every_steps report.preview_steps
     sampling.cfg_scale sampling.eta sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
-    evaluation.num_samples
+    evaluation.num_samples evaluation.every_steps
 """.split()
 
 

@@ -100,6 +100,8 @@ def test_tensorboard_file_holds_scalars_and_samples(run):
         values = [float(make_ndarray(event.tensor_proto)) for event in series]
         assert all(math.isfinite(x) for x in values)
         assert all(x == 0 if name == "nonfinite_total" else x > 0 for x in values)
+    measured = events.Tensors("frechet_pixels_40")
+    assert [event.step for event in measured] == [4, 8]
     images = events.Tensors("samples")
     assert [event.step for event in images] == [4, 8]
     assert make_ndarray(images[0].tensor_proto)[2].startswith(b"\x89PNG")

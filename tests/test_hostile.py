@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import hostile_data
+import hostile_references
 import hostile_weights
 import pytest
 from readers import READERS
 
 from maskdit_jax.errors import UserError
 
-CASES = [*hostile_data.CASES, *hostile_weights.CASES]
+CASES = [*hostile_data.CASES, *hostile_weights.CASES, *hostile_references.CASES]
 MAX_SECONDS, MAX_MB = 5, 200
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -15,9 +15,10 @@ LAYERS = [
     ["config", "saved_config", "config_file"],
     ["distributed", "interop", "data"],
     ["sampling"],
+    ["evaluation"],
     ["training"],
-    ["api", "exchange", "model_card", "evaluation", "sample_files", "plots"],
-    ["main", "sample", "doctor"],
+    ["api", "exchange", "model_card", "finish", "sample_files", "plots"],
+    ["main", "sample", "evaluate", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"models", "diffusion"}, {"distributed", "interop"}]

@@ -7,7 +7,16 @@ import jax
 import pytest
 from tiny import ROOT
 
-from maskdit_jax.config import ConfigDict, compute_of, leaves, method_of, resolve, shape_of
+from maskdit_jax.config import (
+    ConfigDict,
+    Evaluation,
+    compute_of,
+    evaluation_of,
+    leaves,
+    method_of,
+    resolve,
+    shape_of,
+)
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import UserError
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
@@ -50,7 +59,9 @@ def test_run_of_the_old_layout_is_what_its_recipe_says_today():
     found = leaves(upgraded)
     assert found == {name: wanted[name] for name in found}
     # What there was not has the default that says nothing, and is asked of no saved configuration.
-    assert set(wanted) - set(found) == {"init_weights"}
+    later = "every_steps during_samples features inception reference keep_best"
+    assert set(wanted) - set(found) == {"init_weights", *(f"evaluation.{name}" for name in later.split())}
+    assert evaluation_of(upgraded) == Evaluation(num_samples=1_437)
 
 
 def test_upgrading_changes_no_content_and_happens_once():

@@ -53,7 +53,14 @@ TINY = {
     "evaluation.num_samples": 0,
 }
 # What the finished run of conftest.py has besides.
-REPORTED = {"report.tensorboard": "true", "report.preview_steps": 4, "evaluation.num_samples": 40}
+REPORTED = {
+    "report.tensorboard": "true",
+    "report.preview_steps": 4,
+    "evaluation.num_samples": 40,
+    "evaluation.every_steps": 4,
+    "evaluation.during_samples": 40,
+    "evaluation.keep_best": "true",
+}
 
 
 def tiny_flags(options: dict | None = None, config: str = "digits") -> list[str]:

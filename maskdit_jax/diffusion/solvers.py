@@ -226,7 +226,9 @@ def integrate(
 
         def estimate(x, call):
             chosen = guided if guided_calls[call] else denoise
-            denoised = chosen(x, jnp.full(x.shape[0], row.sigmas[call], dtype), labels)
+            # Else XLA may compute with one noise level for all images, in another order on each mesh.
+            sigma = jax.lax.optimization_barrier(jnp.full(x.shape[0], row.sigmas[call], dtype))
+            denoised = chosen(x, sigma, labels)
             return Estimate(denoised, jnp.clip(denoised, -1, 1) if options.clip else denoised)
 
         drawn = None if row.before is None and row.after is None else step_noise(index).astype(dtype)

@@ -1,7 +1,8 @@
 """Steps from one noise level to the next: their arithmetic, and plans of it for a whole way.
 
 Every step is linear in x = clean + sigma·noise and in what the denoiser makes of it. So a solver is a plan,
-tables of numbers made on the host in float64, and a step function that multiplies by them. The schedules and
+tables of numbers made on the host in float64, and a step function that multiplies by them: a division by a
+number of the table is another product on another mesh, as XLA sees fit. The schedules and
 scalings of EDM's sampler (arXiv 2206.00364) are such numbers and no more: the state of its paths is s(t)·x.
 """
 
@@ -65,20 +66,16 @@ class Churn(NamedTuple):
 def euler_step(estimate, x, row, carry):
     """Along the slope at the start of the step (EDM, alg. 1 and 2, without the correction)."""
     keep, along = row.weights
-    return keep * x + along * _noise_in(x, estimate(x, 0), row.sigmas[0]), carry
+    return keep * x + along * (x - estimate(x, 0).clipped), carry
 
 
 def heun_step(estimate, x, row, carry):
     """Along a mean of two slopes, at the start and at a point along the first (EDM, alg. 1 to 3)."""
     keep_to, along_to, keep, along, along_second = row.weights
-    noise = _noise_in(x, estimate(x, 0), row.sigmas[0])
+    noise = x - estimate(x, 0).clipped
     second = keep_to * x + along_to * noise
-    second_noise = _noise_in(second, estimate(second, 1), row.sigmas[1])
+    second_noise = second - estimate(second, 1).clipped
     return keep * x + along * noise + along_second * second_noise, carry
-
-
-def _noise_in(x, estimate, sigma):
-    return (x - estimate.clipped) / sigma
 
 
 def multistep_step(estimate, x, row, last):
@@ -106,8 +103,9 @@ def ancestral_step(estimate, x, row, carry):
 def plan_euler(sigmas: np.ndarray, path: Path, churn: Churn) -> Plan:
     """Steps along a path through sigmas [num_steps + 1], which end in 0."""
     raised, added = _churned(sigmas, churn)
-    weights = _moved(path.at(raised), path.at(sigmas[1:]))
-    return [Steps(euler_step, Rows(raised[:, None], np.stack(weights, axis=1), before=added))]
+    keep, along = _moved(path.at(raised), path.at(sigmas[1:]))
+    weights = np.stack([keep, along / raised], axis=1)
+    return [Steps(euler_step, Rows(raised[:, None], weights, before=added))]
 
 
 def plan_heun(sigmas: np.ndarray, path: Path, churn: Churn, alpha: float) -> Plan:
@@ -126,8 +124,8 @@ def plan_heun(sigmas: np.ndarray, path: Path, churn: Churn, alpha: float) -> Pla
     keep = start.scale + first_h * start.scale_slope + scaled * keep_to
     along = first_h * start.scale * start.sigma_slope + scaled * along_to
     along_second = second_h * second.scale * second.sigma_slope
-    to_end = (weight / end.scale for weight in (keep, along, along_second))
-    weights = np.stack([keep_to, along_to, *to_end], axis=1)
+    to_end = (keep, along / start.sigma, along_second / second.sigma)
+    weights = np.stack([keep_to, along_to / start.sigma, *(w / end.scale for w in to_end)], axis=1)
     looks = np.stack([start.sigma, second.sigma], axis=1)
     corrected = corrected._replace(sigmas=looks, weights=weights)
     return [Steps(heun_step, corrected), Steps(euler_step, last)]

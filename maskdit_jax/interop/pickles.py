@@ -75,7 +75,7 @@ def check_pickled(path: Path) -> bool:
 
 def _read_data_pkl(file: BinaryIO, path: Path) -> bytes:
     size, found = path.stat().st_size, 0
-    count = _count_members(file, size)
+    count = count_members(file, size)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = {member.filename.lower() for member in members}
@@ -98,7 +98,7 @@ def _read_data_pkl(file: BinaryIO, path: Path) -> bytes:
         return archive.read(f"{top}/data.pkl")
 
 
-def _count_members(file: BinaryIO, size: int) -> int:
+def count_members(file: BinaryIO, size: int) -> int:
     """Members of a zip file whose directory stands where every reader looks for it, and is no larger than
     its purpose; the library would read one of any size."""
     file.seek(max(size - 98, 0))

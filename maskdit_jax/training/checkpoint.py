@@ -45,7 +45,7 @@ class Checkpoints:
     A step holds the items params, ema_params, opt_state, counters and meta (JSON: configuration,
     items consumed, seconds trained, and a digest of every item, its own included). It appears in
     one rename, when all of it is on disk. An import holds no training state, but weights and meta
-    alone, and says so in meta["imported_from"].
+    alone, and says so in meta["imported_from"]; so do the best weights of a run, in meta["best"].
 
     With `keep` it is the run's writer: it keeps the newest `keep` steps and those that
     `keep_every_steps` divides, and removes what a killed writer left. Otherwise it only reads. Every
@@ -276,7 +276,18 @@ def _checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"items_consumed={shown(items)}, expected a whole number")
     if type(seconds) is not float or not 0 < seconds < math.inf:
         raise UserError(f"seconds={shown(seconds)}, expected a number above 0")
+    if "best" in meta:
+        _check_best(meta["best"])
     return meta
+
+
+def _check_best(best: Any) -> None:
+    """What training/best.py says of the weights that it keeps."""
+    kinds = {"metric": str, "reference": str, "score": float}
+    if not isinstance(best, dict) or any(type(best.get(name)) is not kind for name, kind in kinds.items()):
+        raise UserError(f"best={shown(best)}, expected {', '.join(kinds)}")
+    if not math.isfinite(best["score"]):
+        raise UserError(f"best: score={best['score']}, expected a finite number")
 
 
 def _check_files(item: Path) -> None:

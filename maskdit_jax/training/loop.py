@@ -17,9 +17,11 @@ from maskdit_jax.distributed.hosts import PREEMPTED, Preemption
 from maskdit_jax.distributed.mesh import batch_sharding, check_fits, describe_placement, whole_sharding
 from maskdit_jax.distributed.peers import Peers
 from maskdit_jax.errors import UserError
+from maskdit_jax.evaluation.monitor import Monitor
 from maskdit_jax.log import counted, log
 from maskdit_jax.methods.method import Shape
 from maskdit_jax.sampling import Model
+from maskdit_jax.training.best import Best
 from maskdit_jax.training.build import Training, build
 from maskdit_jax.training.checkpoint import Checkpoints
 from maskdit_jax.training.init_from import check_same_network, start_from
@@ -57,19 +59,31 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
         return checkpoints.close()
 
     log.info(_describe(config, training, len(source)))
+    monitor = Monitor(config, codec) if config.evaluation.every_steps else None
+    best = Best(workdir, monitor.name, monitor.reference) if monitor and config.evaluation.keep_best else None
     reporter = _reporter(config, workdir, step)
     device_batches = to_devices(host_batches(source, config, begun.items), batch_sharding(training.mesh))
     items, started = begun.items, time.monotonic()
 
+    def meta():
+        seconds = begun.seconds + time.monotonic() - started
+        return {"config": config.to_dict(), "items_consumed": items, "seconds": seconds}
+
     def save():
         nonlocal saved_step
         saved_step = step
-        seconds = begun.seconds + time.monotonic() - started
-        checkpoints.save(state, {"config": config.to_dict(), "items_consumed": items, "seconds": seconds})
+        checkpoints.save(state, meta())
+
+    def ema_model(codec):
+        return Model(
+            config, jax.device_put(state.ema[EMA], whole_sharding(training.mesh)), training.mesh, codec
+        )
 
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.close)
         stack.callback(checkpoints.close)
+        if best:
+            stack.callback(best.close)
         preemption = stack.enter_context(Preemption())
         while step < steps:
             peers.at(step)
@@ -84,14 +98,18 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
             checkpoints.poll()
             checkpoint_due = step % config.checkpoint.every_steps == 0
             preview_due = config.report.preview_steps and step % config.report.preview_steps == 0
-            if checkpoint_due or preview_due or step == steps:
+            measurement_due = monitor and step % config.evaluation.every_steps == 0
+            if checkpoint_due or preview_due or measurement_due or step == steps:
                 arrived += reporter.drain()
             _stop_if_diverged(arrived, config.training.max_nonfinite_steps, checkpoints)
             with reporter.off_the_clock():
                 # Before the checkpoint: a run killed between the two then makes both again.
                 if preview_due:
-                    ema_params = jax.device_put(state.ema[EMA], whole_sharding(training.mesh))
-                    reporter.grid(step, sample_grid(Model(config, ema_params, training.mesh, codec)))
+                    reporter.grid(step, sample_grid(ema_model(codec)))
+                if monitor and measurement_due:
+                    score = monitor.score(ema_model(monitor.codec))
+                    is_best = best is not None and best.offer(score, state, meta())
+                    reporter.measured(step, monitor.name, score, is_best)
                 # The update before skipped ones may have ruined the weights: older checkpoints stay.
                 if step == steps or (checkpoint_due and not int(state.nonfinite_in_row)):
                     save()
@@ -117,11 +135,13 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     """The state to go on from: of the newest checkpoint, of another run's weights, or fresh."""
 
     def restore(step: int, meta: dict[str, Any]) -> TrainState:
-        if "imported_from" in meta:
-            raise UserError(
-                f"{checkpoints.folder.parent} holds imported weights, not a run to continue: train in a new "
-                f"folder with --config.init_from={checkpoints.folder.parent}"
-            )
+        folder = checkpoints.folder.parent
+        for note, what in (("imported_from", "imported weights"), ("best", "the best weights of one")):
+            if note in meta:
+                raise UserError(
+                    f"{folder} holds {what}, not a run to continue: train in a new folder with "
+                    f"--config.init_from={folder}"
+                )
         saved = ConfigDict(meta["config"])
         check_same_network(saved, config, str(checkpoints.folder), *Shape._fields)
         return checkpoints.restore(step, meta, training.state_shapes)

@@ -110,6 +110,13 @@ class Reporter:
             with self._survive("TensorBoard's file"):
                 self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
 
+    def measured(self, step: int, name: str, value: float, is_best: bool = False) -> None:
+        """Write one number about samples of a step, and to TensorBoard under that name."""
+        log.info(f"step {step:,}: {name} {value:.4f}" + ", the best so far" * is_best)
+        if self._writer:
+            with self._survive("TensorBoard's file"):
+                self._writer.write_scalars(step, {name: value})
+
     @contextlib.contextmanager
     def _survive(self, what: str | Path) -> Iterator[None]:
         """A report that cannot be written, most often to a full disk, is given up; the run goes on."""
