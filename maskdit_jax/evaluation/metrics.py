@@ -8,7 +8,6 @@ import numpy as np
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation.manifold import density_coverage, precision_recall
 
-
 MAX_SIZE = 2**14  # of features; their covariance is 2 GiB
 
 
@@ -28,8 +27,8 @@ class Moments:
         """
         if features.shape[1] > MAX_SIZE:
             raise UserError(
-                f"features of {features.shape[1]:,} values for each image have too large a covariance, at most "
-                f"{MAX_SIZE:,} can be: use features=inception"
+                f"features of {features.shape[1]:,} values for each image have too large a covariance: at "
+                f"most {MAX_SIZE:,} can be; use features=inception"
             )
         x = np.asarray(features, np.float64)
         mean, count = x.mean(axis=0), self.count + len(x)
