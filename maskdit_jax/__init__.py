@@ -8,6 +8,7 @@ from maskdit_jax.errors import UserError
 if TYPE_CHECKING:
     from maskdit_jax.api import Model, load
     from maskdit_jax.data.vae import Autoencoder, load_autoencoder
+    from maskdit_jax.evaluation.sample_card import evaluate_samples
     from maskdit_jax.exchange import export_torch, import_torch
     from maskdit_jax.sample_files import write_samples
 
@@ -16,6 +17,7 @@ __all__ = [
     "Autoencoder",
     "Model",
     "UserError",
+    "evaluate_samples",
     "export_torch",
     "import_torch",
     "load",
@@ -28,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Autoencoder": "data.vae",
     "Model": "sampling",
+    "evaluate_samples": "evaluation.sample_card",
     "export_torch": "exchange",
     "import_torch": "exchange",
     "load": "api",

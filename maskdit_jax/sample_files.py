@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import maskdit_jax
-from maskdit_jax.data.images import read_png, save_png, tile, to_uint8
+from maskdit_jax.data.images import contact_sheet, read_png, save_png, to_uint8
 from maskdit_jax.distributed.digest import digest
 from maskdit_jax.distributed.hosts import everywhere, from_first
 from maskdit_jax.errors import UserError, shown
@@ -332,7 +332,7 @@ def _assemble(
     if "grid" in formats:
         first = np.stack(list(images(MAX_GRID)))
         with appears_whole(out / GRID) as partial:
-            save_png(partial, tile(first, columns=round(len(first) ** 0.5)))
+            save_png(partial, contact_sheet(first, columns=round(len(first) ** 0.5)))
     remove(out / PARTS)
 
 

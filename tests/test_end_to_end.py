@@ -21,15 +21,17 @@ from tiny import (
     TINY,
     WARMUP_STEPS,
     all_files,
+    call_tool,
     refusal,
     restored,
     tiny_flags,
 )
 
-from maskdit_jax import load, main, sample
-from maskdit_jax.data.images import to_uint8
+from maskdit_jax import evaluate, load, main, sample
+from maskdit_jax.data.images import ENLARGE, to_float, to_uint8
+from maskdit_jax.data.sources import Digits
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.training.checkpoint import Checkpoints
-from maskdit_jax.training.report import PREVIEW_ENLARGE
 
 
 def main_flags(workdir: Path, options: dict | None = None, config: str = "digits") -> list[str]:
@@ -66,14 +68,14 @@ def test_run_leaves_the_newest_checkpoints_previews_and_samples(run):
     assert int(state.step) == NUM_STEPS
     assert meta["items_consumed"] == NUM_STEPS * BATCH_SIZE
     rows, columns = 10, TINY["report.preview_columns"]
-    size = ((columns * 9 + 1) * PREVIEW_ENLARGE, (rows * 9 + 1) * PREVIEW_ENLARGE)
+    size = ((columns * 9 + 1) * ENLARGE, (rows * 9 + 1) * ENLARGE)
     for file in ("previews/step_00000004.png", "previews/step_00000008.png", "samples.png"):
         with Image.open(run / file) as image:
             assert image.size == size
             pixels = np.asarray(image)
         assert len(np.unique(pixels)) > 3
-        once = pixels[::PREVIEW_ENLARGE, ::PREVIEW_ENLARGE]
-        np.testing.assert_array_equal(np.kron(once, np.ones([PREVIEW_ENLARGE] * 2, np.uint8)), pixels)
+        once = pixels[::ENLARGE, ::ENLARGE]
+        np.testing.assert_array_equal(np.kron(once, np.ones([ENLARGE] * 2, np.uint8)), pixels)
 
 
 def test_card_holds_finite_numbers_of_the_last_step(run):
@@ -174,8 +176,29 @@ def test_files_of_the_sample_command_are_the_samples_of_the_model(run, tmp_path,
     np.testing.assert_array_equal(written["arr_1"], [7] * 6)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "000000/000009.png")), expected[5, ..., 0])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (28, 19)
-    np.testing.assert_array_equal(grid[10:18, 1:9], expected[2, ..., 0])
+    assert grid.shape == (ENLARGE * 28, ENLARGE * 19)
+    np.testing.assert_array_equal(grid[::ENLARGE, ::ENLARGE][10:18, 1:9], expected[2, ..., 0])
+
+
+def test_from_a_run_to_the_card_of_its_samples(run, tmp_path, monkeypatch, capsys):
+    """sample → reference_stats → evaluate, as README has them."""
+    out, reference = tmp_path / "samples", tmp_path / "digits.npz"
+    sample.main([f"--workdir={run}", f"--out={out}", "--seeds=0-79", "--labels=random", "--format=npz"])
+    flags = ("--source=digits", "--held_out", "--features=pixels", f"--out={reference}")
+    call_tool(monkeypatch, "reference_stats", *flags)
+    evaluate.main([f"--samples={out}", f"--reference={reference}"])
+    said = capsys.readouterr().out
+    card = json.loads((out / "card.json").read_text())
+    held_out = to_float(to_uint8(Digits("held_out").images)).reshape(360, -1)
+    with np.load(out / "samples.npz") as arrays:
+        samples = to_float(arrays["arr_0"]).reshape(80, -1)
+    expected = frechet_distance(*feature_statistics(held_out), *feature_statistics(samples))
+    assert card["metrics"]["FID-80 (pixels)"] == pytest.approx(expected, rel=1e-6)
+    assert f"FID-80 (pixels)        {expected:.4f}" in said
+    about = card["samples"]
+    assert (about["seeds"], about["labels"], about["step"], about["nfe"]) == ("0-79", "random", 8, 4)
+    assert "held out" in card["reference"]["origin"]
+    assert Image.open(out / "card.png").size[0] > 8 * 8
 
 
 def test_load_gives_the_ema_unless_asked_for_the_weights(run):

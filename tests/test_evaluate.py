@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from maskdit_jax import evaluate as command
-from maskdit_jax.data.images import save_png
+from maskdit_jax.data.images import ENLARGE, save_png
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation import certify
 from maskdit_jax.evaluation.features import PIXELS
@@ -66,7 +66,7 @@ def test_the_card_says_what_was_measured_and_how(samples, real, capsys):
     said = capsys.readouterr().out
     for fragment in ("FID-40", "balanced", "0-39", "nfe", "79", "400", "ema", "cfg_scale=1.5", "warning: 40"):
         assert fragment in said
-    picture = np.asarray(Image.open(folder / "card.png"))
+    picture = np.asarray(Image.open(folder / "card.png"))[::ENLARGE, ::ENLARGE]
     assert picture.shape == (PAIRS // 4 * 9 + 1, 8 * 9 + 1)
     np.testing.assert_array_equal(picture[1:9, 1:9], images[0, ..., 0])
     np.testing.assert_array_equal(picture[1:9, 10:18], real_images[7, ..., 0])  # its neighbour is itself

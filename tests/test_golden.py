@@ -189,7 +189,13 @@ def _registry():
     return json.loads((GOLDEN / "registry.json").read_text())
 
 
-@pytest.mark.parametrize("name", _registry()["models"])
+COUNTED_FAST = ("DiT-S/2", "DiT-XL/2", "DiT-H/8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in COUNTED_FAST else pytest.mark.slow) for n in _registry()["models"]],
+)
 def test_parameter_count_of_every_size(name):
     """Counts with and without the fixed tables and the decoder; for two sizes all names and shapes."""
     registry = _registry()

@@ -222,6 +222,7 @@ def test_ema_of_constant_parameters_is_those_parameters():
     assert_trees_equal(update_ema(params, params, 0.9), params)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_equal_the_whole_batch():
     state = init_state(trained_params(), adamw())
     whole, whole_metrics = train_step()(state, batch_of(), 8)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MIN_SIDE = 8
+# On a contact sheet, images of fewer pixels than this per side are shown enlarged.
+SMALL_IMAGE, ENLARGE = 64, 4
 MAX_PIXELS = 110_000_000  # a medium-format camera makes 102 million
 # Resized to a short side of s, an image takes up to 4·MAX_ASPECT·s² bytes: 26 MB at 256, 0.4 GB at 1024.
 MAX_ASPECT = 100
@@ -141,6 +143,13 @@ def tile(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
         grid[i // columns, gap:, i % columns, gap:] = image
     grid = grid.reshape(rows * (height + gap), columns * (width + gap), channels)
     return np.pad(grid, [(0, gap), (0, gap), (0, 0)], constant_values=128)
+
+
+def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """The grid of `tile`, four times as large where images are too small to be seen."""
+    grid = tile(images, columns)
+    enlarge = ENLARGE if images.shape[1] < SMALL_IMAGE else 1
+    return grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -144,7 +144,7 @@ def _churned(sigmas: np.ndarray, churn: Churn) -> tuple[np.ndarray, np.ndarray |
 def _moved(start: Points, end: Points) -> tuple[np.ndarray, np.ndarray]:
     """Weights of x and of the noise in it [n] that make x at the end, along the slope at the start.
 
-    d(s·x)/dt = s'·x + s·sigma'·noise, where noise = (x - D) / sigma (EDM, eq. 81).
+    d(s·x)/dt = s'·x + s·sigma'·noise, where noise = (x - D) / sigma (EDM, alg. 1).
     """
     h = end.time - start.time
     keep = (start.scale + h * start.scale_slope) / end.scale

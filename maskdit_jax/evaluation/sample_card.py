@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import maskdit_jax
-from maskdit_jax.data.images import save_png, tile
+from maskdit_jax.data.images import contact_sheet, save_png
 from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, known, printable, shown
 from maskdit_jax.evaluation.features import LATENTS, PIXELS, Extractor, inception
@@ -270,20 +270,20 @@ def _picture(
         return None
     first = next(samples.read(PAIRS))
     if features_given:  # of the network nothing is here but these
-        return tile(first, PAIRS_PER_ROW * 2)
+        return contact_sheet(first, PAIRS_PER_ROW * 2)
     real, real_features = reference.images, reference.features
     if real is None and images is not None:
         count = min(open_samples(images).count, NEIGHBOURS_FROM)
         real, real_features = np.concatenate(list(open_samples(images, count).read(count))), None
     if real is None:
         log.info("no real images to look for neighbours in: --images=FOLDER gives some")
-        return tile(first, PAIRS_PER_ROW * 2)
+        return contact_sheet(first, PAIRS_PER_ROW * 2)
     if real_features is None:
         real = real[:NEIGHBOURS_FROM]
         real_features = _features_of(real, extractor)
     _, places = nearest(extractor.extract(first)["pool"], real_features)
     pairs = [image for i, place in enumerate(places) for image in (first[i], _like(real[place], first[i]))]
-    return tile(np.stack(pairs), PAIRS_PER_ROW * 2)
+    return contact_sheet(np.stack(pairs), PAIRS_PER_ROW * 2)
 
 
 def _like(image: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maskdit_jax.data.images import save_png, tile, to_uint8
+from maskdit_jax.data.images import contact_sheet, save_png, to_uint8
 from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.files import check_folder
 from maskdit_jax.log import duration, log
@@ -19,8 +19,6 @@ from maskdit_jax.training.step import Metrics
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
 IN_FLIGHT = 2
-# Images of fewer pixels than this per side are shown enlarged.
-SMALL_IMAGE, PREVIEW_ENLARGE = 64, 4
 
 
 class Reporter:
@@ -156,9 +154,7 @@ def sample_grid(model: Model) -> np.ndarray:
     labels = np.repeat(np.arange(rows), columns) if num_classes else None
     batch_size = -(-rows * columns // model.mesh.size)
     images = model.sample(np.arange(rows * columns), labels, batch_size=batch_size)
-    grid = tile(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
-    enlarge = PREVIEW_ENLARGE if images.shape[1] < SMALL_IMAGE else 1
-    return grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    return contact_sheet(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
 
 
 def _tensorboard_writer(folder: Path):
