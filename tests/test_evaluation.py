@@ -73,6 +73,11 @@ def test_one_image_has_no_covariance():
         feature_statistics(np.zeros((1, 3)))
 
 
+def test_images_of_too_many_values_are_refused_before_their_covariance_is_allocated():
+    with pytest.raises(UserError, match=r"features of 196,608 values .* too large a covariance"):
+        feature_statistics(np.zeros((2, 256 * 256 * 3), np.float32))
+
+
 @pytest.mark.parametrize("count", [20, 300])
 def test_distance_of_a_set_with_itself_is_zero(count):
     """Fewer than its 32 dimensions too."""

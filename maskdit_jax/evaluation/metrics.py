@@ -8,6 +8,8 @@ import numpy as np
 from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation.manifold import density_coverage, precision_recall
 
+MAX_SIZE = 2**14  # of features; their covariance is 2 GiB
+
 
 class Moments:
     """Mean and covariance of features that come in batches and are not kept."""
@@ -18,7 +20,16 @@ class Moments:
         self._scatter: np.ndarray | float = 0.0  # sum of (x - mean)·(x - mean)ᵀ
 
     def add(self, features: np.ndarray) -> None:
-        """Take features [B, D] in, of any real type."""
+        """Take features [B, D] in, of any real type.
+
+        Raises:
+          UserError: D is too large for a covariance.
+        """
+        if features.shape[1] > MAX_SIZE:
+            raise UserError(
+                f"features of {features.shape[1]:,} values for each image have too large a covariance: at "
+                f"most {MAX_SIZE:,} can be; use features=inception"
+            )
         x = np.asarray(features, np.float64)
         mean, count = x.mean(axis=0), self.count + len(x)
         # Of each batch around its own mean, so that no sum of squares is large (Chan et al. 1979, eq. 2.1).

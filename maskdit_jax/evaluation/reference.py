@@ -15,14 +15,13 @@ import numpy as np
 
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.evaluation.features import Extractor
-from maskdit_jax.evaluation.metrics import Moments
+from maskdit_jax.evaluation.metrics import MAX_SIZE, Moments
 from maskdit_jax.evaluation.npz import Npz
 from maskdit_jax.files import appears_whole
 
 # Names of the mean and of the covariance in the files, by the part of the features.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 INCEPTION_SIZES = {"pool": 2048, "spatial": 2023}
-MAX_SIZE = 2**14  # of features; their covariance is 2 GiB
 MAX_ABOUT = 10_000  # characters
 
 
@@ -112,7 +111,6 @@ def write_reference(path: Path, reference: Reference) -> None:
         arrays |= dict(zip(STATISTICS[part], statistics))
     arrays |= {} if reference.features is None else {"features": reference.features}
     arrays |= {} if reference.images is None else {"arr_0": reference.images}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with appears_whole(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 

@@ -62,6 +62,7 @@ def save_reference(
         raise UserError(f"num_kept={num_kept} must not be negative")
     if features == "inception" and not inception:
         raise UserError("features='inception' needs inception, the file of its weights")
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     extractor = open_extractor(features, inception)
     if source:
         found = _of_source(source, image_size, vae, held_out, num_threads)
