@@ -50,8 +50,9 @@ def write_samples(
 ) -> dict[str, Any]:
     """Sample every seed into the folder `out`; what is there already, of the same model and options, stays.
 
-    Killed and called again it makes the images that are missing, and more seeds may be asked for. All
-    processes of a run call it; each image is written by one of them. Memory is that of one batch.
+    Killed and called again it makes the images that are missing, and more seeds may be asked for (of which
+    npz alone makes all anew). All processes of a run call it; each image is written by one of them. Memory is
+    that of one batch.
 
     png: `out/SSSSSS/NNNNNN.png`, NNNNNN the seed, a folder for every 1,000. npz: `out/samples.npz` in the
     layout of ADM's evaluation, arr_0 [n, H, W, C] uint8 (of latents float32) and arr_1 [n] int32, the
@@ -218,8 +219,10 @@ def _weights_of(model: Model) -> dict[str, Any]:
 
 def _check_same(out: Path, about: dict[str, Any], seeds: np.ndarray) -> None:
     """Refuse to go on in a folder whose samples were made in another way."""
-    problem = ""
-    if jax.process_index() == 0 and (out / ABOUT).exists():
+    problem, begun = "", (out / ABOUT).exists()
+    if jax.process_index() == 0 and not begun and any(out.glob("[0-9]*/[0-9]*.png")):
+        problem = f"{out} holds images, and no {ABOUT} that says how they were made"
+    elif jax.process_index() == 0 and begun:
         before = read_json(out / ABOUT)
         # A run folder that was moved is the same run: its weights are compared.
         same_weights = before.get("weights_digest") == about["weights_digest"]

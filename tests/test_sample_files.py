@@ -75,6 +75,13 @@ def test_samples_made_in_another_way_do_not_mix(model, tmp_path, change, named):
     assert all_files(tmp_path) == before
 
 
+def test_images_of_unknown_origin_are_not_gone_on_with(model, tmp_path):
+    write_samples(model, tmp_path, [5, 6], **OPTIONS)
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(UserError, match=r"holds images, and no samples.json that says how they were made"):
+        write_samples(model, tmp_path, [5, 6, 7], **OPTIONS)
+
+
 def test_labels_of_another_model_s_samples_are_compared_too(model, tmp_path):
     write_samples(model, tmp_path, [5, 6], [1, 2], **OPTIONS)
     with pytest.raises(UserError, match="given_labels="):
