@@ -85,6 +85,8 @@ def plot_quality(rows: Iterable[dict[str, Any]], file: str | Path) -> None:
     if not kinds:
         raise UserError(f"no row holds {' or '.join(QUALITY)}: nothing to draw")
     figure = _figure(5.2 * len(kinds), 3.8)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for place, kind in enumerate(kinds):
         axes = figure.add_subplot(1, len(kinds), place + 1)
         try:
@@ -95,7 +97,11 @@ def plot_quality(rows: Iterable[dict[str, Any]], file: str | Path) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"rows need a solver, nfe and {kind}: {first_line(error, 80)}") from error
         axes.set(xlabel="network calls per image", ylabel=QUALITY[kind], xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, file)
 

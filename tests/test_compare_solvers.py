@@ -14,7 +14,7 @@ def test_samples_come_to_the_exact_path_as_calls_grow_and_are_on_it_at_its_own_n
     call_tool(
         monkeypatch, "compare_solvers", f"--workdir={run}", *flags, "--calls=4,40,399", f"--json={file}"
     )
-    few, more, all_of_them = json.loads(file.read_text())
+    few, more, all_of_them = json.loads(file.read_text())["rows"]
     assert [(row["num_steps"], row["nfe"]) for row in (few, more, all_of_them)] == [
         (2, 3),
         (20, 39),

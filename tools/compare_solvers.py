@@ -55,7 +55,8 @@ def main() -> None:
         )
         if flags.json:
             with appears_whole(flags.json) as partial:
-                partial.write_text(json.dumps(rows, indent=1))
+                about = {"workdir": flags.workdir, "cfg_scale": flags.cfg_scale}
+                partial.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
 def _rolled(model: Model) -> Model:
