@@ -12,7 +12,7 @@ LAYERS = [
     ["models"],
     ["diffusion"],
     ["methods"],
-    ["config", "saved_config", "config_file"],
+    ["config", "config_dict", "saved_config", "config_file"],
     ["distributed", "interop", "data"],
     ["sampling"],
     ["evaluation"],
