@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 import maskdit_jax
 from maskdit_jax.data.images import contact_sheet, read_png, save_png, to_uint8
 from maskdit_jax.distributed.digest import digest
-from maskdit_jax.distributed.hosts import everywhere, from_first
+from maskdit_jax.distributed.hosts import Refused, everywhere, from_first
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.evaluation.npz import Npz
 from maskdit_jax.files import appears_whole, locked, read_json, remove
@@ -234,7 +234,7 @@ def _check_same(out: Path, about: dict[str, Any], seeds: np.ndarray) -> None:
         elif not np.isin(parse_integers(str(out / ABOUT), str(before.get("seeds"))), seeds).all():
             problem = f"{out} holds samples of the seeds {shown(before['seeds'])}, more than those asked for"
     if problem := from_first(problem):
-        raise UserError(f"{problem}; choose another folder, or remove it")
+        raise Refused(f"{problem}; choose another folder, or remove it")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -261,7 +261,7 @@ def _missing(
     if earlier is not None:
         with earlier:
             kept = earlier.read("seeds")
-            if "png" not in formats and np.array_equal(kept, seeds):
+            if set(formats) == {"npz"} and np.array_equal(kept, seeds):
                 return []
             rows = itertools.chain.from_iterable(earlier.batches("arr_0", PER_FOLDER))
             for seed, image in zip(kept, rows):
@@ -348,7 +348,7 @@ def _assemble(
             path = image_path(store, int(seed), _suffix(makes_pixels))
             yield read_png(path) if makes_pixels else np.load(path, allow_pickle=False)
 
-    if "png" not in formats and not store.exists():
+    if set(formats) == {"npz"} and not store.exists():
         return  # finished by an earlier call
     if "npz" in formats:
         _write_arrays(out / ARRAYS, images(len(seeds)), seeds, labels)
