@@ -21,6 +21,7 @@ from maskdit_jax.data.images import contact_sheet, read_png, save_png, to_uint8
 from maskdit_jax.distributed.digest import digest
 from maskdit_jax.distributed.hosts import everywhere, from_first
 from maskdit_jax.errors import UserError, shown
+from maskdit_jax.evaluation.npz import Npz
 from maskdit_jax.files import appears_whole, locked, read_json, remove
 from maskdit_jax.interop import layout_of
 from maskdit_jax.log import duration, log
@@ -50,9 +51,8 @@ def write_samples(
 ) -> dict[str, Any]:
     """Sample every seed into the folder `out`; what is there already, of the same model and options, stays.
 
-    Killed and called again it makes the images that are missing, and more seeds may be asked for (of which
-    npz alone makes all anew). All processes of a run call it; each image is written by one of them. Memory is
-    that of one batch.
+    Killed and called again it makes the images that are missing, and more seeds may be asked for. All
+    processes of a run call it; each image is written by one of them. Memory is that of one batch.
 
     png: `out/SSSSSS/NNNNNN.png`, NNNNNN the seed, a folder for every 1,000. npz: `out/samples.npz` in the
     layout of ADM's evaluation, arr_0 [n, H, W, C] uint8 (of latents float32) and arr_1 [n] int32, the
@@ -83,7 +83,8 @@ def write_samples(
         if first:
             _write_about(out, about)
         store = out if "png" in formats else out / PARTS
-        missing = from_first(_missing(store, seed_array, model.makes_pixels, out, formats))
+        found = _missing(store, seed_array, model.makes_pixels, out, formats) if first else []
+        missing = from_first(found)
         _make(
             model,
             store,
@@ -255,26 +256,52 @@ def _write_about(out: Path, about: dict[str, Any]) -> None:
 def _missing(
     store: Path, seeds: np.ndarray, makes_pixels: bool, out: Path, formats: Sequence[str]
 ) -> list[int]:
-    """Places in `seeds` whose image is not yet there."""
-    if "png" not in formats and _arrays_hold(out / ARRAYS, seeds):
-        return []
+    """Places in `seeds` whose image is not yet there; those of earlier arrays are put where images belong."""
+    earlier = _earlier_arrays(out / ARRAYS)
+    if earlier is not None:
+        with earlier:
+            kept = earlier.read("seeds")
+            if "png" not in formats and np.array_equal(kept, seeds):
+                return []
+            rows = itertools.chain.from_iterable(earlier.batches("arr_0", PER_FOLDER))
+            for seed, image in zip(kept, rows):
+                _write_image(image_path(store, int(seed), _suffix(makes_pixels)), image)
     suffix = _suffix(makes_pixels)
     folders = {image_path(store, int(seed)).parent for seed in seeds}
     there = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
     return [i for i, seed in enumerate(seeds) if image_path(store, int(seed), suffix) not in there]
 
 
+def _earlier_arrays(path: Path) -> Npz | None:
+    """The arrays that an earlier call has written, if they are sound."""
+    if not path.exists():
+        return None
+    try:
+        arrays = Npz(path)
+        if arrays.member("seeds").shape == arrays.member("arr_0").shape[:1]:
+            return arrays
+        problem: object = "as many seeds as images were expected"
+    except UserError as error:
+        problem = error
+    log.warning(f"warning: passed over: {path}: {problem}")
+    return None
+
+
 def _suffix(makes_pixels: bool) -> str:
     return ".png" if makes_pixels else ".npy"
 
 
-def _arrays_hold(path: Path, seeds: np.ndarray) -> bool:
-    """Whether a finished file of arrays has the images of these seeds, in this order."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.array_equal(arrays["seeds"], seeds)
-    except (OSError, LookupError, ValueError, zipfile.BadZipFile):
-        return False
+def _write_image(path: Path, image: np.ndarray) -> None:
+    """One image, whole or not at all; one that is there stays."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appears_whole(path) as partial:
+        if path.suffix == ".png":
+            save_png(partial, image)
+        else:
+            with partial.open("wb") as file:  # of a name, numpy would make another
+                np.save(file, image)
 
 
 def _make(
@@ -298,14 +325,7 @@ def _make(
         if model.makes_pixels:
             samples = to_uint8(samples)
         for seed, sample in list(zip(seeds[part], samples, strict=True))[process::count]:
-            path = image_path(store, int(seed), _suffix(model.makes_pixels))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with appears_whole(path) as partial:
-                if model.makes_pixels:
-                    save_png(partial, sample)
-                else:
-                    with partial.open("wb") as file:  # of a name, numpy would make another
-                        np.save(file, sample)
+            _write_image(image_path(store, int(seed), _suffix(model.makes_pixels)), sample)
         now, done = time.monotonic(), min(start + at_once, len(seeds))
         if now - said > _EVERY_S or done == len(seeds):
             speed, said = done / (now - started), now

@@ -27,7 +27,7 @@ def model(finished):
 
 def test_a_folder_is_gone_on_with(model, tmp_path, messages, caplog):
     """Lost images are made again, the same, more seeds too, and nothing else is touched."""
-    about = write_samples(model, tmp_path, range(998, 1004), formats=["png", "npz"], **OPTIONS)
+    about = write_samples(model, tmp_path, range(998, 1004), formats=["png"], **OPTIONS)
     assert (about["seeds"], about["labels"], about["nfe"], about["finished"]) == (
         "998-1003",
         "balanced",
@@ -104,11 +104,29 @@ def test_ranges_are_written_as_they_are_read(text):
     assert as_ranges(parse_integers("seeds", text)[::-1]) == text
 
 
-def test_arrays_alone_leave_no_pictures_and_are_not_made_twice(model, tmp_path, messages, caplog):
+def test_arrays_alone_are_gone_on_with_too(model, tmp_path, messages, caplog):
+    """Nothing else stays, and what they hold is not made twice, whatever is asked for next."""
     for _ in range(2):
         write_samples(model, tmp_path, range(5), formats=["npz"], **OPTIONS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.json", "samples.npz"]
     assert "5 of 5 samples are there already" in caplog.text
+    with np.load(tmp_path / "samples.npz") as arrays:
+        images = arrays["arr_0"]
+    write_samples(model, tmp_path, range(9), formats=["npz", "png"], **OPTIONS)
+    assert "5 of 9 samples are there already" in caplog.text
+    with np.load(tmp_path / "samples.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"][:5], images)
+    np.testing.assert_array_equal(read_png(tmp_path / "000000/000003.png"), images[3])
+
+
+def test_damaged_arrays_are_made_anew(model, tmp_path, messages, caplog):
+    write_samples(model, tmp_path, range(5), formats=["npz"], **OPTIONS)
+    sound = (tmp_path / "samples.npz").read_bytes()
+    (tmp_path / "samples.npz").write_bytes(sound[:-40])
+    write_samples(model, tmp_path, range(5), formats=["npz"], **OPTIONS)
+    assert "samples.npz is damaged" in caplog.text
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 8, 8, 1)
 
 
 def sample_command(workdir: Path, out: Path, *flags: str) -> subprocess.Popen:
