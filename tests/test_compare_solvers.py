@@ -29,6 +29,7 @@ def test_samples_come_to_the_exact_path_as_calls_grow_and_are_on_it_at_its_own_n
     ("flag", "named"),
     [
         ("--calls=0", "--calls=0: expected numbers from 1 to 10,000"),
+        ("--frechet=1", "--frechet=1 has no covariance"),
         ("--seeds=0", "--seeds=0 must be at least 1"),
         ("--solvers=heun,best", "solver='best' is unknown; known: "),
         ("--step=7", "step=7: "),

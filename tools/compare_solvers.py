@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=256, help="of the distance")
     parser.add_argument("--frechet", type=int, default=0, help="samples of the Fréchet distance; 0: none")
     parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance; 1: none")
+    parser.add_argument("--rho", type=float, default=7.0, help="the larger, the more noise levels are low")
     parser.add_argument("--batch_size", type=int, default=512, help="images of one call on all devices")
     parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
@@ -32,6 +33,8 @@ def main() -> None:
         for name, least in (("seeds", 1), ("frechet", 0), ("batch_size", 1)):
             if getattr(flags, name) < least:
                 raise UserError(f"--{name}={getattr(flags, name)} must be at least {least}")
+        if flags.frechet == 1:
+            raise UserError("--frechet=1 has no covariance; use 0, none, or at least 2")
         calls = parse_integers("--calls", flags.calls)
         if calls.min() < 1 or calls.max() > MAX_STEPS:
             raise UserError(f"--calls={flags.calls}: expected numbers from 1 to {MAX_STEPS:,}")
@@ -52,10 +55,11 @@ def main() -> None:
             num_frechet=flags.frechet,
             batch_size=flags.batch_size,
             cfg_scale=flags.cfg_scale,
+            rho=flags.rho,
         )
         if flags.json:
             with appears_whole(flags.json) as partial:
-                about = {"workdir": flags.workdir, "cfg_scale": flags.cfg_scale}
+                about = {"workdir": flags.workdir, "cfg_scale": flags.cfg_scale, "rho": flags.rho}
                 partial.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
