@@ -1,7 +1,7 @@
 """Command: train what a configuration describes. The same command again resumes.
 
-Exit codes: 0 finished, 2 an error of one line, 75 saved after SIGTERM, 76 another process of the run
-was lost; after 75 and 76 the same command goes on.
+Exit codes: 0 finished, 2 an error of one line, 75 saved after SIGTERM or Ctrl-C, 76 another process of the
+run was lost; after 75 and 76 the same command goes on.
 """
 
 import contextlib

@@ -135,15 +135,16 @@ def test_sigkill_at_random_moments(recipe, reference, tmp_path, outcome):
     outcome(f"{recipe}: 5 × SIGKILL, 2 inside a save (seed {seed})", f"resumed at {resumed}", "same bits")
 
 
-def test_sigterm_saves_and_asks_to_be_run_again(reference, tmp_path, outcome):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_stopped_run_is_saved_and_asks_to_be_run_again(reference, tmp_path, outcome, number, name):
     process = start(command(tmp_path))
-    said = kill_after(process, r"^step 5/", number=signal.SIGTERM)
+    said = kill_after(process, r"^step 5/", number=number)
     assert process.returncode == 75, said
-    stopped = int(re.search(r"^stopped by SIGTERM at step (\d+): step \1 is saved", said, re.M)[1])
+    stopped = int(re.search(rf"^stopped by {name} at step (\d+): step \1 is saved", said, re.M)[1])
     assert 5 <= stopped < NUM_STEPS
     assert resumed_at(finish(command(tmp_path))) == stopped
     assert difference(tmp_path, reference) == 0
-    outcome("SIGTERM", f"exit code 75, resumed at {stopped}", "same bits")
+    outcome(name, f"exit code 75, resumed at {stopped}", "same bits")
 
 
 @contextlib.contextmanager

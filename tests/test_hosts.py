@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from processes import two_process_flags
 
 from maskdit_jax import main
 from maskdit_jax.data.pipeline import batches
+from maskdit_jax.distributed.hosts import Preemption
 from maskdit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -179,3 +181,13 @@ def test_port_that_is_taken_is_refused(capsys, tmp_path):
             main.main([f"--config={ROOT / 'configs/digits.py'}", f"--workdir={tmp_path}", *flags])
     assert stopped.value.code == 2
     assert "of this host: Address already in use; choose another" in capsys.readouterr().err
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.asked(1)
+        assert preemption.by == "Ctrl-C"
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -26,7 +26,7 @@ from maskdit_jax.distributed.peers import PEER_LOST, Peers
 from maskdit_jax.errors import UserError, first_line, one_line_errors
 from maskdit_jax.log import log
 
-PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+PREEMPTED = 75  # exit code: stopped, saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 GPU_REMEDY = "pip install '.[cuda12]' in the repository, and leave JAX_PLATFORMS unset"
 # Variables with which a launcher says how many processes it has started; JAX reads the rest from them.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
@@ -252,21 +252,31 @@ def everywhere(holds: bool) -> bool:
 class Preemption:
     """Within the block SIGTERM, as Slurm and clouds send it before they take the machine, only asks to stop.
 
-    asked(step): whether to stop, the same answer in every process at the same step, whichever of
-    them got the signal.
+    So does the first Ctrl-C in a run of one process; the second ends it at once. asked(step): whether to
+    stop, the same answer in every process at the same step, whichever of them got the signal; by: what asked.
     """
+
+    by = "SIGTERM"
 
     def __enter__(self) -> "Preemption":
         self._signalled = False
         self._several = jax.process_count() > 1  # then JAX has its own handler, which tells the others
         if not self._several:
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if self._several else self._previous)
+        previous = {signal.SIGTERM: signal.SIG_DFL} if self._several else self._previous
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._signalled:
+                raise KeyboardInterrupt
+            self.by = "Ctrl-C"
+            log.info("stopping after this step, which is saved; Ctrl-C again ends at once")
         self._signalled = True
 
     def asked(self, step: int) -> bool:

@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
     Raises:
       UserError: the folder, the run to start from or the memory do not fit, too many steps in a row
         were not finite, or the last step could not be saved.
-      SystemExit: with the code PREEMPTED, after SIGTERM, when the step is saved.
+      SystemExit: with the code PREEMPTED, after SIGTERM or Ctrl-C, when the step is saved.
     """
     training, steps = build(config), config.training.num_steps
     check_fits(training.state_shapes)
@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
                 reporter.drain()
                 if step > saved_step and not int(state.nonfinite_in_row):
                     save()
-                _stop(checkpoints, step, saved_step)
+                _stop(checkpoints, step, saved_step, preemption.by)
             state, metrics = training.step(state, next(device_batches), training.num_keep(step))
             step, items = step + 1, items + config.training.batch_size
             arrived = reporter.add(metrics)
@@ -160,10 +160,10 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
     return state, Position(meta["items_consumed"], meta["seconds"])
 
 
-def _stop(checkpoints: Checkpoints, step: int, saved_step: int) -> NoReturn:
+def _stop(checkpoints: Checkpoints, step: int, saved_step: int, by: str) -> NoReturn:
     problem = checkpoints.settle()
     saved = f"not saved: {problem}" if problem else f"step {saved_step:,} is saved"
-    log.warning(f"stopped by SIGTERM at step {step:,}: {saved}; the same command goes on")
+    log.warning(f"stopped by {by} at step {step:,}: {saved}; the same command goes on")
     sys.exit(PREEMPTED)
 
 
