@@ -18,7 +18,8 @@ from maskdit_jax.errors import Parser, UserError
 from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.compute import PRECISIONS
 from maskdit_jax.options import each_option
-from maskdit_jax.sample_files import LABEL_RULES, parse_integers, write_samples
+from maskdit_jax.sample_files import write_samples
+from maskdit_jax.seeds import LABEL_RULES, parse_integers
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
 from maskdit_jax.training.checkpoint import WEIGHTS
 

@@ -25,13 +25,12 @@ from maskdit_jax.evaluation.npz import Npz
 from maskdit_jax.files import appears_whole, locked, read_json, remove
 from maskdit_jax.interop import layout_of
 from maskdit_jax.log import duration, log
-from maskdit_jax.sampling import MAX_SEED, Model, check_batch_size, check_seeds
+from maskdit_jax.sampling import Model, check_batch_size, check_seeds
+from maskdit_jax.seeds import as_ranges, choose_labels, parse_integers
 
 ABOUT, ARRAYS, GRID, PARTS = "samples.json", "samples.npz", "grid.png", "parts"
 FORMATS = ("png", "npz", "grid")
-LABEL_RULES = ("balanced", "random")
 MAX_GRID = 400
-MAX_NUMBERS = 10_000_000  # seeds of one call: 80 MB of them
 PER_FOLDER = 1_000
 _EVERY_S = 10.0  # between lines of progress
 # Of the description these may change when a folder is gone on with.
@@ -101,58 +100,6 @@ def write_samples(
             about["finished"] = True
             _write_about(out, about)
     return about
-
-
-def choose_labels(
-    model: Model, seeds: np.ndarray, labels: str | int | Sequence[int] | np.ndarray | None
-) -> tuple[str, np.ndarray]:
-    """Name of the rule, and a label [n] int32 for each seed [n]; see `write_samples`."""
-    num_classes = model.shape.num_classes
-    if isinstance(labels, str) and labels not in LABEL_RULES:
-        raise UserError(f"labels={shown(labels)}: expected {', '.join(LABEL_RULES)}, a class or one for each")
-    if labels is None or isinstance(labels, str):
-        if labels == "random" and num_classes:
-            drawn = [np.random.default_rng([int(seed)]).integers(num_classes) for seed in seeds]
-            return "random", model.check_labels(seeds, drawn)
-        return ("balanced" if num_classes else "none"), model.check_labels(seeds, None)
-    array = np.asarray(labels, np.int64).reshape(-1)
-    if len(array) == 1:
-        return f"class {array[0]}", model.check_labels(seeds, np.repeat(array, len(seeds)))
-    return "given", model.check_labels(seeds, array)
-
-
-def as_ranges(seeds: np.ndarray) -> str:
-    """Such as "0-49999" or "3,5,7-9" of integers [n], sorted."""
-    ordered = np.sort(seeds)
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 2) != 1)
-    ends = np.append(starts[1:], len(ordered)) - 1
-    return ",".join(
-        f"{low}" if low == high else f"{low}-{high}" for low, high in zip(ordered[starts], ordered[ends])
-    )
-
-
-def parse_integers(name: str, text: str) -> np.ndarray:
-    """Integers [n] of a text such as "3,5,7-9", which stands under a name; -1 is allowed.
-
-    Raises:
-      UserError: the text is something else.
-    """
-    ranges = []
-    try:
-        for part in text.split(","):
-            first, separator, last = part.strip().rpartition("-")
-            start, end = (int(first), int(last)) if separator and first else (int(part), int(part))
-            if end < start or abs(start) > MAX_SEED or end > MAX_SEED:
-                raise ValueError
-            ranges.append((start, end + 1))
-    except ValueError:
-        raise UserError(
-            f"{name}={shown(text)}: expected integers up to {MAX_SEED}, such as 0-49999 or 3,5,7-9"
-        ) from None
-    count = sum(end - start for start, end in ranges)
-    if count > MAX_NUMBERS:
-        raise UserError(f"{name}={shown(text)}: {count:,} numbers; at most {MAX_NUMBERS:,} in one command")
-    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in ranges])
 
 
 def image_path(folder: Path, seed: int, suffix: str = ".png") -> Path:

@@ -17,7 +17,7 @@ LAYERS = [
     ["sampling"],
     ["evaluation"],
     ["training"],
-    ["api", "exchange", "model_card", "finish", "sample_files", "plots"],
+    ["api", "exchange", "model_card", "finish", "sample_files", "seeds", "plots"],
     ["main", "sample", "evaluate", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

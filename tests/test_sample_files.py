@@ -15,7 +15,7 @@ from tiny import all_files, command_environment
 
 from maskdit_jax import UserError, load, write_samples
 from maskdit_jax.data.images import read_png
-from maskdit_jax.sample_files import as_ranges, choose_labels, parse_integers
+from maskdit_jax.seeds import as_ranges, choose_labels, parse_integers
 
 OPTIONS = {"num_steps": 2, "solver": "euler", "batch_size": 4}
 
