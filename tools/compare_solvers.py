@@ -11,7 +11,7 @@ from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation.solver_comparison import compare_solvers
 from maskdit_jax.files import appears_whole
 from maskdit_jax.log import log_to_stdout
-from maskdit_jax.sample_files import parse_integers
+from maskdit_jax.seeds import parse_integers
 from maskdit_jax.sampling import Model
 
 
