@@ -11,8 +11,8 @@ from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation.solver_comparison import compare_solvers
 from maskdit_jax.files import appears_whole
 from maskdit_jax.log import log_to_stdout
-from maskdit_jax.seeds import parse_integers
 from maskdit_jax.sampling import Model
+from maskdit_jax.seeds import parse_integers
 
 
 def main() -> None:
