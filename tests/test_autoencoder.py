@@ -97,6 +97,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_diffusers_folder_computes_what_diffusers_does(diffusers_model, autoencoder, images):
     with torch.no_grad():
         nchw = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -121,6 +122,7 @@ def test_older_diffusers_files_and_pickles_hold_the_same(folder, autoencoder, im
     np.testing.assert_array_equal(moments, autoencoder.encode(images))
 
 
+@pytest.mark.slow
 def test_any_number_of_images_in_any_portions(autoencoder, images):
     """Five images on eight devices, and sixteen in portions of one, are each the image alone."""
     whole = np.asarray(autoencoder.encode(images))

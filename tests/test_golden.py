@@ -119,6 +119,7 @@ def test_tokens_on_the_way():
     assert_close_to_rms(network.bridge(tokens, condition), c["train_dec_layer_out"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_gradient_of_every_parameter(name):
     """Norms of all gradients, and the stored ones value by value."""

@@ -105,6 +105,7 @@ def test_pt_file_keeps_raw_weights_and_ema_apart(tensors, tmp_path):
         assert_same_tensors(load_file(tmp_path / weights / "out.safetensors"), expected)
 
 
+@pytest.mark.slow
 def test_one_set_stands_for_raw_weights_and_ema(tensors, tmp_path):
     import_torch({k: torch.tensor(v) for k, v in tensors.items()}, tmp_path / "imported", **HEADS)
     for weights in ("ema", "params"):

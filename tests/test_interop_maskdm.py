@@ -109,6 +109,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     assert "is no MaskDiT or MaskDM: it has no model.x_embedder" in refused(other)
 
 
+@pytest.mark.slow
 def test_a_config_of_another_method_beside_the_file_is_refused(tmp_path):
     tensors = maskdm_case("uncond").tensors()
     import_torch(tensors, tmp_path / "imported", num_heads=4)

@@ -58,6 +58,7 @@ def test_measurements_are_said_and_the_best_weights_kept(finished):
     assert load(run / "best").origin.step == best
 
 
+@pytest.mark.slow
 def test_killed_run_measures_the_same_again_and_keeps_the_same_weights(finished, tmp_path, capsys):
     """Killed after the second measurement, gone on with from the first one's checkpoint."""
     run, said = finished

@@ -240,6 +240,7 @@ def test_large_parameters_are_cut_over_fsdp_and_small_ones_are_whole():
     assert specs["bias"] == specs["odd"] == PartitionSpec()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     step, good = train_step(), batch_of()
     bad = good | {"clean": good["clean"].at[3, 0, 0, 0].set(jnp.nan)}
@@ -255,6 +256,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_and_step_only():
     state = init_state(trained_params(), adamw())
     first = train_step()(state, batch_of(), 8)[1]["loss"]
@@ -264,6 +266,7 @@ def test_draws_depend_on_seed_and_step_only():
     assert train_step()(later, batch_of(), 8)[1]["loss"] != first
 
 
+@pytest.mark.slow
 def test_moments_are_drawn_anew_at_every_step():
     moments = jax.random.normal(jax.random.key(0), (16, 8, 8, 4))
     batch = {"moments": moments, "labels": batch_of()["labels"]}
@@ -300,6 +303,7 @@ def test_half_precision_stays_close_and_keeps_float32_parameters():
     assert {x.dtype for x in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_network_without_classes_ignores_labels():
     data = DATA._replace(num_classes=0)
     network = jax.jit(nnx.merge(network_graph(METHOD, data, COMPUTE), trained_params(data)))
