@@ -109,6 +109,7 @@ def test_diffusers_folder_computes_what_diffusers_does(diffusers_model, autoenco
     assert (autoencoder.factor, autoencoder.channels, autoencoder.latent_scale) == (4, 4, 0.25)
 
 
+@pytest.mark.slow
 def test_older_diffusers_files_and_pickles_hold_the_same(folder, autoencoder, images, tmp_path):
     """Attention as older diffusers named and shaped it, in a .bin file."""
     tensors = load_file(folder / WEIGHTS)

@@ -267,6 +267,7 @@ def test_model_in_pixel_space_trains_on_a_folder(tmp_path, capsys):
         assert png.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_training_stops_at_an_unreadable_image_with_its_name(tmp_path, capsys):
     write_images(tmp_path / "set", {"ant": 3, "bee": 5})
     (tmp_path / "set/bee/3.png").write_bytes(b"not an image")

@@ -74,6 +74,7 @@ def test_tuning_without_reconstruction_starts_from_a_masked_run(pretrained, tmp_
     jax.tree.map(assert_the_same, new.ema["ema"], ema)
 
 
+@pytest.mark.slow
 def test_another_network_is_refused_by_the_name_of_the_option(pretrained, tmp_path, capsys):
     options = SMALL_IN256 | {"init_from": str(pretrained), "method.network.depth": 3}
     flags = [f"--workdir={tmp_path / 'tuned'}", *tiny_flags(options, "in256_tune")]

@@ -181,6 +181,7 @@ def test_imported_run_goes_on_like_a_run(run, tmp_path, monkeypatch, capsys):
     assert files(tmp_path / "imported") == before
 
 
+@pytest.mark.slow
 def test_what_is_in_the_way_stays(run, tensors, tmp_path):
     for name in ("model.safetensors", CARD, CONFIG):
         folder = tmp_path / name.partition(".")[0]
@@ -327,6 +328,7 @@ def test_what_is_expected_is_compared_with_the_tensors(expected, message, tensor
     assert files(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 def test_half_precision_is_taken_and_said(dtype, kind, tensors, tmp_path, caplog):

@@ -99,6 +99,7 @@ def assert_trees_equal(actual, expected) -> None:
     assert_trees_close(actual, expected, rtol=0)
 
 
+@pytest.mark.slow
 def test_loss_at_start_is_one():
     """A zero-initialised output layer on data of std sigma_data: E[w·(c_skip·x - clean)²] = 1."""
     draws = METHOD.draw(jax.random.key(1), batch_of(4096), NUM_TOKENS)
