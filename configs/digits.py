@@ -27,7 +27,8 @@ def get_config():
     config.training.update(num_steps=4_000, batch_size=128)
     config.ema.decay = 0.995
     config.optimizer.update(learning_rate=2e-3, warmup_kimg=25.6)
-    config.checkpoint.every_steps = 500
+    # Early steps serve autoguidance: sample --weak=… --weak_step=1000.
+    config.checkpoint.update(every_steps=500, keep_every_steps=1_000)
     config.report.preview_steps = 1_500
     config.sampling.num_steps = 18
     config.evaluation.num_samples = 1_437

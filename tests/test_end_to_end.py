@@ -180,6 +180,17 @@ def test_files_of_the_sample_command_are_the_samples_of_the_model(run, tmp_path,
     np.testing.assert_array_equal(grid[::ENLARGE, ::ENLARGE][10:18, 1:9], expected[2, ..., 0])
 
 
+@pytest.mark.slow
+def test_an_earlier_step_guides_by_the_command(run, tmp_path):
+    steps = [f"--weak={run}", "--weak_step=4", "--step=6"]
+    sample.main([f"--workdir={run}", f"--out={tmp_path}", "--seeds=0-4", "--format=npz", *steps])
+    expected = load(run, step=6).sample(range(5), weak=load(run, step=4))
+    with np.load(tmp_path / "samples.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], to_uint8(expected))
+    about = json.loads((tmp_path / "samples.json").read_text())
+    assert (about["step"], about["weak"]["step"]) == (6, 4)
+
+
 def test_from_a_run_to_the_card_of_its_samples(run, tmp_path, monkeypatch, capsys):
     """sample → reference_stats → evaluate, as README has them."""
     out, reference = tmp_path / "samples", tmp_path / "digits.npz"
@@ -265,6 +276,8 @@ def test_sampling_from_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
         ("--num_steps=10001", "num_steps=10001 must be at most 10,000"),
         ("--batch_size=0", "batch_size=0: expected 1 … 65,536"),
         ("--format=jpg", "format=jpg: 'jpg' is unknown; known: png, npz, grid"),
+        ("--weak_step=4", "--weak_step=4 needs --weak=FOLDER"),
+        ("--step=5", "step=5: "),
         ("--guidance_interval=3", "--guidance_interval=3: expected LOW,HIGH"),
         ("--guidance_interval=", "--guidance_interval=: expected LOW,HIGH"),
         ("--rho=1e-30", "rho=1e-30: the 2 noise levels that they make do not fall"),
