@@ -162,6 +162,7 @@ def test_guidance_interval_decides_which_noise_levels_are_guided(model):
     assert min(np.abs(middle - everywhere).max(), np.abs(middle - nowhere).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_weak_model_is_what_guidance_leads_away_from(model):
     """Another network and other weights, which is given the same labels."""
     weak = small_model(1, [*NO_DECODER, "method.network.hidden_size=16"])

@@ -249,6 +249,7 @@ def test_images_that_the_autoencoder_cannot_halve_are_refused(autoencoder):
         autoencoder.encode(np.zeros((1, 18, 16, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_autoencoder_that_does_not_fit_the_model_is_refused(folder):
     with pytest.raises(UserError, match="makes pixels, there is nothing to decode"):
         open_codec("pixels", 0.18215, 1, folder, "float32")

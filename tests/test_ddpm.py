@@ -99,6 +99,7 @@ def test_forward_process_and_posterior():
             np.testing.assert_allclose(row, expected, rtol=0, atol=atol, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize("timesteps", [1000, 4000])
 def test_network_gets_the_very_timesteps_it_was_trained_on(schedule, timesteps):
@@ -189,6 +190,7 @@ def assert_close_to_largest(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["edm", "timesteps"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_and_grid_samples_a_gaussian_with_a_noise_predictor(solver, grid):

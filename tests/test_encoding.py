@@ -295,7 +295,7 @@ def test_rehearsal_from_imagenets_archives_to_sampled_pngs(vae, environment, tmp
     done = execute([*sampler, f"--out={tmp_path / 'samples'}", "--seeds=0-3", "--labels=999"], environment)
     assert done.returncode == 0, done.stderr
     for seed in range(4):
-        with Image.open(tmp_path / f"samples/{seed:06d}.png") as png:
+        with Image.open(tmp_path / f"samples/000000/{seed:06d}.png") as png:
             assert (png.size, png.mode) == ((RESOLUTION, RESOLUTION), "RGB")
     assert json.loads((tmp_path / "in256/stats.json").read_text())["num_images"] == 15
 

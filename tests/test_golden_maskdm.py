@@ -160,6 +160,7 @@ def test_half_precision_and_recomputation():
     assert float(jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact)) < 0.05
 
 
+@pytest.mark.slow
 def test_gradient_of_kept_positions():
     """What autodiff makes of the same rows."""
     keys = jax.random.split(jax.random.key(0), 3)

@@ -64,6 +64,7 @@ def training_case(name: str) -> TrainingCase:
     return TrainingCase(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_noisy_images_and_losses(name):
     """With half of the patches hidden, and with none."""
@@ -83,6 +84,7 @@ def test_noisy_images_and_losses(name):
     np.testing.assert_allclose(whole.mean(), case.arrays["loss_nomask"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_every_parameter(name):
     """The norm of each, together too, and three value by value."""

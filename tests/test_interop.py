@@ -119,6 +119,7 @@ def tool(name: str, *flags: str, largest_file_kb: str = "unlimited") -> subproce
     return subprocess.run(script, env=command_environment(), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_exported_run_in_plain_torch(run, tmp_path, monkeypatch, capsys):
     """The tool's .pt file loads strictly into torch layers, which denoise as our model does."""
     call_tool(monkeypatch, "export_pytorch", f"--workdir={run}", f"--out={tmp_path / 'out/digits.pt'}")

@@ -59,6 +59,7 @@ def test_a_step_draws_masks_of_the_count_announced(kind):
         assert len(np.unique(np.asarray(drawn.mask.hidden), axis=0)) > 1
 
 
+@pytest.mark.slow
 def test_a_step_draws_timesteps_noise_and_dropped_labels():
     """Every timestep as often; x_t is of that timestep; the share of labels that are dropped."""
     of = method(timesteps=10, label_dropout=0.25)
@@ -76,6 +77,7 @@ def test_a_step_draws_timesteps_noise_and_dropped_labels():
     assert (draws(of, batch_size=8, seed=1)[1].t != drawn.t[:8]).any()
 
 
+@pytest.mark.slow
 def test_loss_is_of_the_visible_patches_alone(network):
     """What is hidden changes nothing; the loss is the mean squared error of what the network predicts."""
     of = method("block")
@@ -91,6 +93,7 @@ def test_loss_is_of_the_visible_patches_alone(network):
     np.testing.assert_allclose(loss(drawn), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_by_the_methods_own_defaults_are_in_range_and_each_from_its_seed(network):
     of = method()
     options = dataclasses.replace(of.sampler, num_steps=4, cfg_scale=1.5)

@@ -314,6 +314,7 @@ def test_network_without_classes_ignores_labels():
     )
 
 
+@pytest.mark.slow
 def test_initialisation_is_the_papers():
     """Zero: every modulation, the bridge and the output; normal 0.02: embeddings; Xavier elsewhere."""
     network = dataclasses.replace(NETWORK, hidden_size=256, decoder_hidden_size=128)
