@@ -22,13 +22,14 @@ from maskdit_jax.distributed.digest import digest
 from maskdit_jax.distributed.hosts import Refused, everywhere, from_first
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.evaluation.npz import Npz
+from maskdit_jax.evaluation.sample_set import ABOUT, ARRAYS
 from maskdit_jax.files import appears_whole, locked, read_json, remove
 from maskdit_jax.interop import layout_of
 from maskdit_jax.log import duration, log
 from maskdit_jax.sampling import Model, check_batch_size, check_seeds
 from maskdit_jax.seeds import as_ranges, choose_labels, parse_integers
 
-ABOUT, ARRAYS, GRID, PARTS = "samples.json", "samples.npz", "grid.png", "parts"
+GRID, PARTS = "grid.png", "parts"
 FORMATS = ("png", "npz", "grid")
 MAX_GRID = 400
 PER_FOLDER = 1_000

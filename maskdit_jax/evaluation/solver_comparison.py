@@ -7,7 +7,8 @@ import numpy as np
 
 from maskdit_jax.diffusion.solvers import SOLVERS
 from maskdit_jax.errors import UserError, known
-from maskdit_jax.evaluation.metrics import frechet_distance
+from maskdit_jax.evaluation.features import PIXELS
+from maskdit_jax.evaluation.metrics import feature_statistics, frechet_distance
 from maskdit_jax.log import log
 from maskdit_jax.sampling import Model
 
@@ -81,6 +82,5 @@ def _steps_of(solver: str, calls: int) -> int:
 
 
 def _frechet_distance(images: np.ndarray, real: np.ndarray) -> float:
-    features = [np.clip(x, -1, 1).reshape(len(x), -1).astype(np.float64) for x in (images, real)]
-    (mean1, cov1), (mean2, cov2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in features)
+    (mean1, cov1), (mean2, cov2) = (feature_statistics(PIXELS.extract(x)["pool"]) for x in (images, real))
     return frechet_distance(mean1, cov1, mean2, cov2)
