@@ -2,11 +2,10 @@
 
 from setuptools import find_packages, setup
 
-TENSORBOARD = [
-    # Only clu's TensorBoard writer imports TensorFlow; training itself never does.
+TENSORFLOW = [
+    # tensorflow_datasets prepares its data with it; training never imports it.
     "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow; sys_platform != 'linux' or platform_machine != 'x86_64'",
-    "tensorboard",
 ]
 TORCH = ["torch==2.13.0"]
 PLOTS = ["matplotlib>=3.10"]
@@ -27,7 +26,6 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "tensorflow-datasets>=4.9.10",
         "ml-collections>=1.1",
-        "clu>=0.0.12",
         "numpy>=2",
         "grain>=0.2.18",
         "scikit-learn>=1.5",
@@ -35,7 +33,8 @@ setup(
         "safetensors>=0.5",
         "importlib_resources",
         "lmdb>=1.6",
-        *TENSORBOARD,
+        "tensorboard>=2.20",
+        *TENSORFLOW,
     ],
     extras_require={
         "test": [

@@ -40,7 +40,7 @@ CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OPTIONAL = {  # and what there is not without each
     "grain": "training, which reads its data with it",
     "tensorflow-datasets": "data.source=tfds:NAME",
-    "clu": "TensorBoard files",
+    "tensorboard": "TensorBoard files",
     "ml-collections": "check of names and types inside configuration files",
     "torch": "PyTorch's .pt files",
 }

@@ -5,7 +5,7 @@ import io
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -152,11 +152,11 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
 
 
-def save_png(path: Path, image: np.ndarray) -> None:
+def save_png(file: Path | BinaryIO, image: np.ndarray) -> None:
     """Write image [H, W, 1 or 3] uint8 as a PNG, whatever the name of the file."""
     from PIL import Image  # sampling to npz needs no Pillow
 
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")
 
 
 def read_png(path: Path) -> np.ndarray:

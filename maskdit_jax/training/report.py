@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,11 @@ import jax
 import numpy as np
 
 from maskdit_jax.data.images import contact_sheet, save_png, to_uint8
-from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.files import check_folder
+from maskdit_jax.errors import first_line
 from maskdit_jax.log import duration, log
 from maskdit_jax.sampling import Model
 from maskdit_jax.training.step import Metrics
+from maskdit_jax.training.tensorboard import TensorBoard
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
 IN_FLIGHT = 2
@@ -36,7 +35,7 @@ class Reporter:
     ):
         self._workdir = workdir
         self._num_steps, self._batch_size, self._every = num_steps, batch_size, every_steps
-        self._writer = _tensorboard_writer(workdir / "tensorboard") if tensorboard else None
+        self._writer = TensorBoard(workdir / "tensorboard") if tensorboard else None
         self._waiting: collections.deque[Metrics] = collections.deque()
         self._interval: list[dict[str, float]] = []
         self._step = first_step
@@ -106,7 +105,7 @@ class Reporter:
             log.info(f"preview: {path}")
         if self._writer:
             with self._survive("TensorBoard's file"):
-                self._writer.write_images(step, {"samples": grid[None] / np.float32(255)})
+                self._writer.write_image(step, "samples", grid)
 
     def measured(self, step: int, name: str, value: float, is_best: bool = False) -> None:
         """Write one number about samples of a step, and to TensorBoard under that name."""
@@ -120,7 +119,7 @@ class Reporter:
         """A report that cannot be written, most often to a full disk, is given up; the run goes on."""
         try:
             yield
-        except Exception as error:  # clu raises what its thread met, of any kind
+        except Exception as error:
             log.warning(f"warning: {what} could not be written: {first_line(error)}")
 
     @contextlib.contextmanager
@@ -155,19 +154,3 @@ def sample_grid(model: Model) -> np.ndarray:
     batch_size = -(-rows * columns // model.mesh.size)
     images = model.sample(np.arange(rows * columns), labels, batch_size=batch_size)
     return contact_sheet(to_uint8(images[..., : 3 if images.shape[-1] >= 3 else 1]), columns)
-
-
-def _tensorboard_writer(folder: Path):
-    """clu's TensorBoard writer, in a thread of its own; the only place that imports TensorFlow."""
-    check_folder(folder)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        import tensorflow as tf
-        from clu import metric_writers
-    except ImportError as error:
-        raise UserError(
-            f"report.tensorboard=true needs {error.name}: pip install tensorflow-cpu tensorboard, or "
-            "pass --config.report.tensorboard=false"
-        ) from error
-    tf.config.set_visible_devices([], "GPU")
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
