@@ -13,9 +13,12 @@ from maskdit_jax.models.masking import (
     block_mask,
     count_visible_patches,
     crop_mask,
+    keep_pairs,
     keep_tokens,
     random_mask,
     restore_tokens,
+    sum_pairs_at_once,
+    sum_pairs_in_turn,
 )
 
 COUNTS = json.loads((GOLDEN / "maskdm_mask_counts.json").read_text())
@@ -99,3 +102,24 @@ def test_every_block_and_every_window_has_the_same_chance():
     places, times = np.unique(corners, return_counts=True)
     np.testing.assert_array_equal(places, [8 * row + column for row in range(3) for column in range(3)])
     np.testing.assert_allclose(times / 4000, 1 / 9, atol=0.03)
+
+
+@pytest.mark.slow
+def test_pairs_of_visible_tokens_and_the_gradient_that_autodiff_gives_them():
+    """Both ways of summing it, whichever this device takes."""
+    mask = draw("patch", 1, 3, 0.4, batch_size=4)
+    keys = jax.random.split(jax.random.key(0))
+    pairs, weights = jax.random.normal(keys[0], (2, 9, 9)), jax.random.normal(keys[1], (4, 2, 6, 6))
+    ids = mask.keep_ids
+
+    def value_and_grad(keep):
+        return jax.jit(jax.value_and_grad(lambda pairs: (weights * keep(pairs) ** 2).sum()))(pairs)
+
+    expected, gradient = value_and_grad(
+        lambda pairs: jnp.moveaxis(pairs[:, ids[:, :, None], ids[:, None]], 0, 1)
+    )
+    value, actual = value_and_grad(lambda pairs: keep_pairs(pairs, mask))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(actual, gradient, rtol=1e-5)
+    in_turn, at_once = (f(weights, ids, mask.restore_ids) for f in (sum_pairs_in_turn, sum_pairs_at_once))
+    np.testing.assert_allclose(in_turn, at_once, rtol=1e-5, atol=1e-6)

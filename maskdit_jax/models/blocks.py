@@ -13,6 +13,8 @@ from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.embed import Linear, xavier_uniform
 
 Activation = Callable[[jax.Array], jax.Array]
+# What is added to the scaled scores of an attention, [B or 1, h, N, N] float32; made where it is used.
+Bias = Callable[[], jax.Array]
 MLP_RATIO = 4
 NORM_EPS = 1e-6  # PyTorch's default is 1e-5, with which published weights would give other images
 # What the "mlp" policy keeps; only fc1's output and the GELU are computed again.
@@ -46,22 +48,35 @@ gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=True))
 exact_gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=False))
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Bias | None = None) -> jax.Array:
     """Softmax attention, [B, N, h, d] each → [B, N, h, d]; softmax in float32.
 
-    cuDNN's fused kernel where it applies (GPU, 16-bit, head size a multiple of 8 up to 128);
+    cuDNN's fused kernel where it applies (GPU, 16-bit, head size a multiple of 8 up to 128, no bias);
     elsewhere batched matrix products over [B·h, N, d], which a CPU runs at matmul speed.
     """
-    batch, tokens, heads, head_size = query.shape
-    half_precision = query.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half_precision and head_size % 8 == 0 and head_size <= 128:
+    head_size = query.shape[-1]
+    if jax.default_backend() != "gpu":
+        return _attend_by_products(query, key, value, bias)
+    if bias is not None:
+        # cuDNN's kernel computes no gradient of a bias that is another for each sample. As with that kernel
+        # nothing of size [B, h, N, N] is kept for the backward pass, neither weights nor bias.
+        products = jax.checkpoint(functools.partial(_attend_by_products, bias=bias))
+        return products(query, key, value)
+    if query.dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return _attend_by_products(query, key, value)
+
+
+def _attend_by_products(query, key, value, bias=None):
+    batch, tokens, heads, head_size = query.shape
 
     def flatten(x):
         return x.transpose(0, 2, 1, 3).reshape(batch * heads, tokens, head_size)
 
     query, key, value = flatten(query * head_size**-0.5), flatten(key), flatten(value)
     logits = jax.lax.batch_matmul(query, key.transpose(0, 2, 1)).astype(jnp.float32)
+    if bias is not None:
+        logits = (logits.reshape(batch, heads, tokens, tokens) + bias()).reshape(logits.shape)
     # Divided by the row sum after the product with V: [N, d] divisions instead of [N, N].
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = jax.lax.batch_matmul(weights.astype(value.dtype), value)
@@ -93,14 +108,14 @@ class Attention(nnx.Module):
         if qkv_bias == "qv":
             self.q_bias, self.v_bias = nnx.Param(jnp.zeros(width)), nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: Bias | None = None) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
-            bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
-            qkv = qkv + bias.astype(qkv.dtype)[None, None]
+            qkv_bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
+            qkv = qkv + qkv_bias.astype(qkv.dtype)[None, None]
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias).reshape(x.shape)
         return checkpoint_name(self.projection(checkpoint_name(out, "attention")), "projection")
 
 
@@ -139,16 +154,16 @@ class Modulation(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Transformer block with adaLN-Zero: x [B, N, D], c [B, C] → [B, N, D]."""
+    """Transformer block with adaLN-Zero: x [B, N, D], c [B, C], bias of the attention → [B, N, D]."""
 
     def __init__(self, width: int, num_heads: int, condition_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.modulation = Modulation(condition_size, width, 6, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array, bias: Bias | None = None) -> jax.Array:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        x = x + gate1[:, None] * self.attention(modulated_norm(x, shift1, scale1))
+        x = x + gate1[:, None] * self.attention(modulated_norm(x, shift1, scale1), bias)
         x = checkpoint_name(x, "residual")
         return x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
 
@@ -189,7 +204,7 @@ class BlockStack(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        *context: jax.Array,
+        *context: Any,
         own: jax.Array | None = None,
         start: int = 0,
         stop: int | None = None,

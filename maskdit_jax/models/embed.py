@@ -144,10 +144,13 @@ class LabelToken(nnx.Module):
 
 
 class PositionTable(nnx.Module):
-    """A learned position [D] for each of N tokens, added to those that are visible: [B, K, D] → [B, K, D]."""
+    """A learned position [D] for each of N tokens, added to those that are visible: [B, K, D] → [B, K, D].
 
-    def __init__(self, num_tokens: int, hidden_size: int, *, rngs: nnx.Rngs):
-        self.table = nnx.Param(truncated_normal(rngs.params(), (num_tokens, hidden_size)))
+    initial [N, D]: what it is before it is trained.
+    """
+
+    def __init__(self, initial: jax.Array):
+        self.table = nnx.Param(initial)
 
     def __call__(self, tokens: jax.Array, mask: TokenMask | None) -> jax.Array:
         table = self.table[...]

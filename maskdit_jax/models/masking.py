@@ -122,6 +122,55 @@ _keep_rows.defvjp(
 )
 
 
+def keep_pairs(pairs: jax.Array, mask: TokenMask) -> jax.Array:
+    """Those values [B, h, K, K] of pairs [h, N, N], a value for each two tokens, that are of visible ones."""
+    return _keep_pairs(pairs, mask.keep_ids, mask.restore_ids)
+
+
+@jax.custom_vjp
+def _keep_pairs(pairs: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -> jax.Array:
+    rows = jnp.moveaxis(jnp.take(pairs, keep_ids, axis=1, mode="clip"), 0, 1)  # [B, h, K, N]
+    return jnp.take_along_axis(rows, keep_ids[:, None, None], axis=3, mode="clip")
+
+
+def _keep_pairs_backward(saved, g):
+    # A GPU would start thousands of small kernels one after the other, a CPU gather what is mostly zero.
+    of_all = sum_pairs_at_once if jax.default_backend() == "gpu" else sum_pairs_in_turn
+    return of_all(g, *saved), None, None
+
+
+def sum_pairs_in_turn(g: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -> jax.Array:
+    """[h, N, N]: the sum of g [B, h, K, K] over samples, each pair at its place, where no other is."""
+    num_tokens = restore_ids.shape[1]
+
+    def add(i, total):
+        ids = keep_ids[i]
+        return total.at[:, ids[:, None], ids].add(g[i], unique_indices=True, mode="promise_in_bounds")
+
+    return jax.lax.fori_loop(0, len(g), add, jnp.zeros((g.shape[1], num_tokens, num_tokens), g.dtype))
+
+
+def sum_pairs_at_once(g: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -> jax.Array:
+    """The same by a gather from each sample."""
+    num_keep, (batch, num_tokens) = keep_ids.shape[1], restore_ids.shape
+    ids = jnp.minimum(restore_ids, num_keep - 1)
+    pair_ids = (ids[:, :, None] * num_keep + ids[:, None]).reshape(batch, 1, num_tokens**2)
+    flat = g.reshape(*g.shape[:2], num_keep**2)
+    values = jnp.take_along_axis(flat, pair_ids, axis=2, mode="clip")
+    visible = restore_ids < num_keep
+    both = (visible[:, :, None] & visible[:, None]).reshape(batch, 1, num_tokens**2)
+    return jnp.where(both, values, 0).sum(axis=0).reshape(-1, num_tokens, num_tokens)
+
+
+_keep_pairs.defvjp(
+    lambda pairs, keep_ids, restore_ids: (
+        _keep_pairs(pairs, keep_ids, restore_ids),
+        (keep_ids, restore_ids),
+    ),
+    _keep_pairs_backward,
+)
+
+
 def restore_tokens(kept: jax.Array, mask: TokenMask | None, filler: jax.Array) -> jax.Array:
     """Tokens [B, N, D]: the visible ones [B, K, D] at their places, `filler` [D] in the holes."""
     if mask is None:

@@ -122,7 +122,7 @@ class UViT(nnx.Module):
             return BlockStack(block, depth, compute=compute, rngs=rngs)
 
         self.patch_embedding = linear(patch_values, hidden_size)
-        self.positions = PositionTable(num_tokens, hidden_size, rngs=rngs)
+        self.positions = PositionTable(truncated_normal(rngs.params(), (num_tokens, hidden_size)))
         self.time_embedding = nnx.data(None)
         if time_mlp:
             self.time_embedding = NoiseEmbedding(
