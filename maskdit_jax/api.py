@@ -10,7 +10,8 @@ from maskdit_jax.distributed.mesh import make_mesh
 from maskdit_jax.errors import UserError
 from maskdit_jax.models.compute import PRECISIONS
 from maskdit_jax.sampling import Model, Origin
-from maskdit_jax.training.checkpoint import WEIGHTS, open_run
+from maskdit_jax.training.checkpoint import open_run
+from maskdit_jax.training.meta import WEIGHTS
 
 
 def load(

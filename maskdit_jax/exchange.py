@@ -32,7 +32,8 @@ from maskdit_jax.models.compute import Compute
 from maskdit_jax.options import as_section
 from maskdit_jax.sampling import Model
 from maskdit_jax.saved_config import saved_config
-from maskdit_jax.training.checkpoint import WEIGHTS, Checkpoints
+from maskdit_jax.training.checkpoint import Checkpoints
+from maskdit_jax.training.meta import WEIGHTS
 
 CONFIG, CARD = "config.json", "MODEL_CARD.md"
 # Names of the weights in a .pt file, as the authors' code writes and loads them, and ours.

@@ -21,7 +21,7 @@ from maskdit_jax.options import each_option
 from maskdit_jax.sample_files import write_samples
 from maskdit_jax.seeds import LABEL_RULES, parse_integers
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
-from maskdit_jax.training.checkpoint import WEIGHTS
+from maskdit_jax.training.meta import WEIGHTS
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,7 +41,8 @@ from maskdit_jax.methods.method import Shape, init_params
 from maskdit_jax.models.autoencoder import AutoencoderKL
 from maskdit_jax.models.compute import Compute
 from maskdit_jax.models.inception import Conv
-from maskdit_jax.training.checkpoint import Checkpoints, _meta_digest
+from maskdit_jax.training.checkpoint import Checkpoints
+from maskdit_jax.training.meta import meta_digest
 
 ROOT = Path(__file__).parent.parent
 
@@ -325,7 +326,7 @@ def repair_meta(path: Path) -> None:
     """Make the digest of what a step says of itself right again, as far as it is JSON."""
     with contextlib.suppress(Exception):
         meta = json.loads(path.read_text())
-        meta["digests"]["meta"] = _meta_digest(meta)
+        meta["digests"]["meta"] = meta_digest(meta)
         path.write_text(json.dumps(meta))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from readers import READERS
 from tiny import SAVE_EVERY, steps_of, tiny_config, tiny_flags
@@ -18,7 +19,8 @@ from maskdit_jax.errors import UserError
 from maskdit_jax.files import locked
 from maskdit_jax.finish import finish
 from maskdit_jax.training.build import build
-from maskdit_jax.training.checkpoint import Checkpoints, DamagedError
+from maskdit_jax.training.checkpoint import Checkpoints, DamagedError, StructureError
+from maskdit_jax.training.optimizer import without_clip
 from maskdit_jax.training.report import Reporter
 
 
@@ -92,6 +94,50 @@ def test_any_step_that_is_kept_is_loaded_and_a_damaged_one_not_passed_over(copy)
     shutil.rmtree(copy / "checkpoints" / "8" / "ema_params")
     with pytest.raises(DamagedError, match=r"checkpoint 8 in .* is damaged: ema_params: "):
         load_model(copy, step=8)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A run's configuration, the shapes of its state, and the state before its first step."""
+    config = tiny_config()
+    training = build(config)
+    return config, training.state_shapes, training.start(None)
+
+
+def saved_and_restored(state, workdir, config, shapes):
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(state, {"config": config.to_dict(), "items_consumed": 7, "seconds": 1.5})
+    assert checkpoints.settle() == ""
+    return checkpoints.restore(int(state.step), checkpoints.meta(int(state.step)), shapes)
+
+
+@pytest.mark.parametrize("older", [lambda chain: chain, without_clip], ids=["clipped", "not"])
+def test_state_saved_before_clipping_was_always_in_it_is_read(older, fresh, tmp_path):
+    """Then it was there only where a run clipped."""
+    config, shapes, state = fresh
+    restored = saved_and_restored(state._replace(opt_state=older(state.opt_state)), tmp_path, config, shapes)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("item", "other", "expected"),
+    [
+        ("opt_state", optax.trace(0.9).init, r"1\.0\.count is missing, expected int32\[\]"),
+        (
+            "params",
+            lambda params: params | {"more": np.zeros(3, "f")},
+            r"more is float32\[3\], expected none",
+        ),
+    ],
+    ids=["optimizer", "network"],
+)
+def test_state_of_other_arrays_is_called_so_and_not_damaged(item, other, expected, fresh, tmp_path):
+    config, shapes, state = fresh
+    saved = state._replace(**{item: other(state.params)})
+    with pytest.raises(StructureError, match=rf"checkpoint 0 in .* is of another .*: {item}: {expected}; "):
+        saved_and_restored(saved, tmp_path, config, shapes)
 
 
 def test_checkpoint_without_digests_is_not_trusted(copy):

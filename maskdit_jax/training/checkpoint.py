@@ -1,9 +1,7 @@
 """Checkpoints of a run: written by Orbax in the background, and never trusted unread: all carry digests."""
 
 import contextlib
-import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +18,11 @@ from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.files import MAX_JSON_BYTES, check_folder
 from maskdit_jax.log import log
 from maskdit_jax.methods.method import Params, init_params
-from maskdit_jax.saved_config import saved_config
+from maskdit_jax.training.meta import WEIGHTS, checked_meta, meta_digest
+from maskdit_jax.training.optimizer import with_clip, without_clip
 from maskdit_jax.training.state import TrainState
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
-# The two sets of weights by the names of the flags, and the items that hold them.
-WEIGHTS = {"ema": "ema_params", "params": "params"}
 # Orbax and TensorStore raise errors of any kind, bare `Exception` too, for files that are missing, cut
 # short, altered or cannot be written; these do not speak of files.
 _NOT_OF_FILES = (jax.errors.JaxRuntimeError, MemoryError)
@@ -37,6 +34,10 @@ T = TypeVar("T")
 
 class DamagedError(UserError):
     """A checkpoint cannot be read back as it was written."""
+
+
+class StructureError(UserError):
+    """A checkpoint is sound, but of a run whose state has other arrays."""
 
 
 class Checkpoints:
@@ -100,7 +101,7 @@ class Checkpoints:
     def _start(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
         self.settle()
         meta = json.loads(json.dumps(meta)) | {"digests": {name: digest(x) for name, x in items.items()}}
-        meta["digests"]["meta"] = _meta_digest(meta)
+        meta["digests"]["meta"] = meta_digest(meta)
         arrays = {name: ocp.args.StandardSave(x) for name, x in items.items()}
         self._saving, self._failure = step, ""
         with self._reported():
@@ -164,10 +165,10 @@ class Checkpoints:
         """
         meta = self._read(step, "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
         digests = meta.get("digests") if isinstance(meta, dict) else None
-        if not isinstance(digests, dict) or _meta_digest(meta) != digests.get("meta"):
+        if not isinstance(digests, dict) or meta_digest(meta) != digests.get("meta"):
             raise self._damaged(step, "meta", "it is not what was written, or written without digests")
         try:
-            return _checked_meta(meta)
+            return checked_meta(meta)
         except UserError as error:
             raise self._damaged(step, "meta", str(error)) from error
 
@@ -176,8 +177,12 @@ class Checkpoints:
 
         Raises:
           DamagedError: an item of it cannot be read, or was altered.
+          StructureError: it is the state of another network or optimizer.
         """
-        items = {name: self._restore(step, meta, name, x) for name, x in _items(shapes).items()}
+        readers = {"opt_state": self._restore_opt_state}
+        items = {
+            name: readers.get(name, self._restore)(step, meta, name, x) for name, x in _items(shapes).items()
+        }
         ema = {track: items.pop(f"{track}_params") for track in shapes.ema}
         return TrainState(**items.pop("counters"), **items, ema=ema)
 
@@ -195,11 +200,40 @@ class Checkpoints:
         shapes = jax.eval_shape(lambda: init_params(*network, 0))
         return self._restore(step, meta, item, place_shapes(shapes, mesh))
 
+    def _restore_opt_state(self, step: int, meta: dict[str, Any], item: str, shapes: Any) -> Any:
+        try:
+            return self._restore(step, meta, item, shapes)
+        except StructureError:
+            saved = without_clip(shapes)
+            if self._difference(step, item, saved):
+                raise
+            return with_clip(self._restore(step, meta, item, saved))
+
     def _restore(self, step: int, meta: dict[str, Any], item: str, shapes: Any) -> Any:
-        restored = self._read(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(shapes))
+        try:
+            restored = self._read(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(shapes))
+        except DamagedError as error:
+            if difference := self._difference(step, item, shapes):
+                raise StructureError(
+                    f"checkpoint {step:,} in {self.folder} is of another network or optimizer: {item}: "
+                    f"{difference}; go on with the options and the version of maskdit_jax that made it, or "
+                    "train in a new folder"
+                ) from error
+            raise
         if digest(restored) != meta["digests"].get(item):
             raise self._damaged(step, item, "its values are not those that were saved")
         return restored
+
+    def _difference(self, step: int, item: str, shapes: Any) -> str:
+        """The first array that a sound item on disk has otherwise than `shapes`; "" for none."""
+        line = ""
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # Orbax raises anything of a damaged one; `_read` said so
+                there = _shapes(ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / item).tree)
+                here = _shapes(shapes)
+                name = next(name for name in {**here, **there} if here.get(name) != there.get(name))
+                line = f"{name} is {there.get(name, 'missing')}, expected {here.get(name, 'none')}"
+        return from_first(shown(line, 200))
 
     def _read(self, step: int, item: str, handler: type, args: Any) -> Any:
         """An item, in every process or in none; each reads alone, so that none waits for one that failed."""
@@ -260,36 +294,6 @@ def open_run(workdir: str | Path) -> Checkpoints:
     return checkpoints
 
 
-def _checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """What `Checkpoints.save` or `save_weights` was given, its configuration in today's layout.
-
-    Raises:
-      UserError: something else is there.
-    """
-    meta = meta | {"config": saved_config(meta.get("config")).to_dict()}
-    if not meta["digests"].keys() & WEIGHTS.values():
-        raise UserError("it has digests of no weights")
-    if "imported_from" in meta:
-        return meta
-    items, seconds = meta.get("items_consumed"), meta.get("seconds")
-    if type(items) is not int or not 0 <= items < 2**63:
-        raise UserError(f"items_consumed={shown(items)}, expected a whole number")
-    if type(seconds) is not float or not 0 < seconds < math.inf:
-        raise UserError(f"seconds={shown(seconds)}, expected a number above 0")
-    if "best" in meta:
-        _check_best(meta["best"])
-    return meta
-
-
-def _check_best(best: Any) -> None:
-    """What training/best.py says of the weights that it keeps."""
-    kinds = {"metric": str, "reference": str, "score": float}
-    if not isinstance(best, dict) or any(type(best.get(name)) is not kind for name, kind in kinds.items()):
-        raise UserError(f"best={shown(best)}, expected {', '.join(kinds)}")
-    if not math.isfinite(best["score"]):
-        raise UserError(f"best: score={best['score']}, expected a finite number")
-
-
 def _check_files(item: Path) -> None:
     """Look before Orbax does: it would wait for ever at a pipe, and read JSON of any size.
 
@@ -312,9 +316,13 @@ def _items(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _meta_digest(meta: dict[str, Any]) -> str:
-    digests = {name: value for name, value in meta["digests"].items() if name != "meta"}
-    return hashlib.sha256(json.dumps(meta | {"digests": digests}, sort_keys=True).encode()).hexdigest()
+def _shapes(tree: Any) -> dict[str, str]:
+    """Type and shape of every array of a state's item, or of Orbax's notes of one, by name."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+        for path, x in leaves
+    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,8 @@ from maskdit_jax.log import log
 from maskdit_jax.methods.method import Params
 from maskdit_jax.options import as_section
 from maskdit_jax.training.build import Training
-from maskdit_jax.training.checkpoint import WEIGHTS, open_run
+from maskdit_jax.training.checkpoint import open_run
+from maskdit_jax.training.meta import WEIGHTS
 from maskdit_jax.training.state import EMA, TrainState
 
 # By these names a network says what of it depends on the classes, and on the resolution: see models/embed.py.

@@ -1,5 +1,6 @@
 """The optimizer, and what changes during training: learning rate and number of visible tokens."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -17,9 +18,23 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW; with clip_norm > 0 the gradient's global norm is limited first."""
+    """AdamW, after the gradient's global norm is limited to clip_norm; 0: to infinity.
+
+    Limited in any case, so that the state is the same one whether a run clips or not: see `with_clip`.
+    """
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    return optax.chain(optax.clip_by_global_norm(clip_norm or math.inf), adamw)
+
+
+def without_clip(opt_state: optax.OptState) -> optax.OptState:
+    """The optimizer's state as runs that did not clip once saved it: AdamW's alone."""
+    _, adamw = opt_state
+    return adamw
+
+
+def with_clip(adamw: optax.OptState) -> optax.OptState:
+    """The optimizer's state of today, of AdamW's alone: clipping has none of its own."""
+    return optax.EmptyState(), adamw
 
 
 def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> optax.Schedule:
