@@ -49,8 +49,10 @@ def _find(path: str) -> Path:
     recipe = RECIPES / f"{file.stem}.py"
     if file.parent in (Path(), Path("configs")) and file.suffix in ("", ".py") and recipe.is_file():
         return recipe
-    folder = file.parent if file.parent.is_dir() and file.suffix == ".py" else RECIPES
-    names = [str(p) for p in folder.glob("*.py") if p.stem not in ("__init__", "base")]
+    folder = file.parent if file.parent.is_dir() and file.suffix == ".py" else Path("configs")
+    places = {folder, RECIPES} if folder == Path("configs") else {folder}
+    files = {p.name for place in places for p in place.glob("*.py") if p.stem not in ("__init__", "base")}
+    names = [str(folder / name) for name in files]
     raise UserError(f"--config={path}: no such Python file; found: {known(path, sorted(names)) or 'none'}")
 
 
