@@ -8,6 +8,7 @@ Exit codes: 0 done, or certified; 1 numbers that differ from the published ones;
 import sys
 from pathlib import Path
 
+from maskdit_jax.allocator import keep_memory
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation import certify
 from maskdit_jax.evaluation.features import inception
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     flags = parser.parse_args(arguments)
     log_to_stdout()
+    keep_memory()
     with one_line_errors():
         if not 1 <= flags.batch_size <= MAX_BATCH_SIZE:
             raise UserError(f"--batch_size={flags.batch_size}: expected 1 … {MAX_BATCH_SIZE:,}")

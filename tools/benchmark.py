@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from maskdit_jax.allocator import keep_memory
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.errors import Parser, UserError, one_line_errors
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--compile_only", action="store_true", help="compile from shapes, run nothing")
     flags, overrides = parser.parse_known_args()
+    keep_memory()
     with one_line_errors():
         for name in ("blocks", "steps"):
             if getattr(flags, name) < 1:

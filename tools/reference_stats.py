@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from maskdit_jax.allocator import keep_memory
 from maskdit_jax.config import FEATURES
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.evaluation.reference_stats import save_reference
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=4, help="that read")
     flags = parser.parse_args()
     log_to_stdout()
+    keep_memory()
     with one_line_errors():
         save_reference(**vars(flags))
 

@@ -1,0 +1,37 @@
+"""How the C library gives out memory to a command that computes on the CPU."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+
+import jax
+
+SWITCH = "MASKDIT_JAX_KEEP_MEMORY"
+# glibc's malloc.h: one heap for all threads, no blocks outside of it, and none of it is returned.
+_M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1
+_KEEP = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+
+
+def keep_memory() -> bool:
+    """On a CPU keep for the next step the memory that a step has freed; whether that is so now.
+
+    XLA takes a step's memory from malloc, and glibc returns it to the system, which then fills every page
+    with zeros again. To be called before JAX's devices are: a thread stays with the heap that it began with.
+    The process never shrinks. Nothing is done where an accelerator may be used, where the C library
+    is none that can do it, and with MASKDIT_JAX_KEEP_MEMORY=0.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or not _cpu_only():
+        return False
+    return all(mallopt(parameter, value) for parameter, value in _KEEP)
+
+
+def _cpu_only() -> bool:
+    """Whether JAX will compute on the CPU, without asking it, which would create its threads."""
+    if platforms := getattr(jax.config, "jax_platforms", None):
+        return platforms.split(",")[0] == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
