@@ -56,8 +56,12 @@ class Model:
     def __call__(
         self, x: jax.Array, sigma: jax.Array, labels: jax.Array, cfg_scale: float = 1.0
     ) -> jax.Array:
-        """Denoised [B, H, W, C] for x [B, H, W, C], sigma [B], labels [B] int, -1 = no class."""
-        return _denoise(self.params, x, sigma, labels, self._network, cfg_scale)
+        """Denoised [B, H, W, C] for x [B, H, W, C], sigma [B], labels [B] int, -1 = no class.
+
+        Of which channels guidance is, the run's configuration says.
+        """
+        channels = self.config.sampling.guided_channels
+        return _denoise(self.params, x, sigma, labels, self._network, cfg_scale, channels)
 
     def sample(
         self,
@@ -191,11 +195,11 @@ class _Network(NamedTuple):
         return self.method.denoiser(nnx.merge(self.graphdef, params))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "cfg_scale"))
-def _denoise(params, x, sigma, labels, network, cfg_scale):
+@functools.partial(jax.jit, static_argnames=("network", "cfg_scale", "channels"))
+def _denoise(params, x, sigma, labels, network, cfg_scale, channels):
     denoise = network.denoiser(params)
-    guided = denoise if cfg_scale == 1 else guide(null_label_sides(denoise), cfg_scale)
-    return guided(x, jnp.asarray(sigma, jnp.float32), labels)
+    guided = denoise if cfg_scale == 1 else guide(null_label_sides(denoise), cfg_scale, channels)
+    return guided(x, jnp.asarray(sigma, jnp.float32), labels)[..., : x.shape[-1]]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "network", "weak_network", "image_shape", "options"))

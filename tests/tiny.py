@@ -35,6 +35,7 @@ OF_METHOD = {
     "maskdit": {f"method.network.{name}": value for name, value in NETWORK.items()}
     | {"sampling.solver": "euler"},
     "maskdm": {"method.network.hidden_size": 64, "method.network.depth": 3, "method.network.num_heads": 4},
+    "dit": {"method.network.hidden_size": 64, "method.network.depth": 2, "method.network.num_heads": 4},
 }
 RECIPES = ("digits", "digits_maskdm_pretrain")
 TINY = {

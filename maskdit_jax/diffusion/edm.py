@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 Network = Callable[..., jax.Array]  # F(x, c_noise, labels, mask) → [B, H, W, C]
-Denoiser = Callable[..., jax.Array]  # D(x, sigma, labels, mask) → [B, H, W, C]
+# D(x, sigma, labels, mask) → [B, H, W, C]. Where the variance of steps is learned, [B, H, W, 2C]: behind D
+# its share, see learned_variance.py.
+Denoiser = Callable[..., jax.Array]
 
 
 def per_sample(values: jax.Array) -> jax.Array:

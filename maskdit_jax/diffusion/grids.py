@@ -59,6 +59,29 @@ def timestep_grid(num_steps: int, levels: np.ndarray) -> np.ndarray:
     return np.append(0.0, levels)[times + 1]
 
 
+def respaced_grid(num_steps: int, levels: np.ndarray) -> np.ndarray:
+    """Noise levels [num_steps + 1] of evenly many timesteps, the first and the last among them, then 0.
+
+    levels [T], as of `timestep_grid`. A point between two timesteps is rounded to the nearer; a single step
+    starts at the first.
+    """
+    distance = (len(levels) - 1) / max(num_steps - 1, 1)
+    # Added up, as the published processes were made: between two timesteps the last bit decides.
+    times = np.round(np.cumsum([0, *[distance] * (num_steps - 1)])).astype(int)
+    return np.append(levels[times][::-1], 0.0)
+
+
+def stride_of(num_steps: int, timesteps: int) -> int:
+    """The smallest with which num_steps of so many timesteps are passed, from the first; 0: there is none."""
+    stride = -(-timesteps // num_steps)
+    return stride if -(-timesteps // stride) == num_steps else 0
+
+
+def strided_grid(num_steps: int, levels: np.ndarray) -> np.ndarray:
+    """Noise levels [num_steps + 1] of the timesteps 0, s, 2·s, … (DDIM, app. D.3), then 0; levels [T]."""
+    return np.append(levels[:: stride_of(num_steps, len(levels))][::-1], 0.0)
+
+
 def _ramp(num_steps: int) -> np.ndarray:
     """From 0 to 1 [num_steps]; a single step starts at the highest level."""
     return np.arange(num_steps) / max(num_steps - 1, 1)

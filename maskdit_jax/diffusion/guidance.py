@@ -43,12 +43,17 @@ def network_sides(denoise: Denoiser, weak: Denoiser) -> Sides:
     return lambda x, sigma, labels: (denoise(x, sigma, labels), weak(x, sigma, labels))
 
 
-def guide(sides: Sides, cfg_scale: float) -> Denoiser:
-    """Denoiser weak + cfg_scale·(strong - weak); at 1 it is the strong side, at the cost of both."""
+def guide(sides: Sides, cfg_scale: float, channels: int = 0) -> Denoiser:
+    """Denoiser weak + cfg_scale·(strong - weak); at 1 it is the strong side, at the cost of both.
+
+    channels: of the first so many, by default all that x has; what is behind them is the strong side's.
+    """
 
     def guided(x, sigma, labels):
         strong, weak = sides(x, sigma, labels)
-        return weak + cfg_scale * (strong - weak)
+        count = min(channels or x.shape[-1], x.shape[-1])
+        some = weak[..., :count] + cfg_scale * (strong[..., :count] - weak[..., :count])
+        return jnp.concatenate([some, strong[..., count:]], axis=-1)
 
     return guided
 

@@ -22,7 +22,10 @@ from maskdit_jax.diffusion.grids import (
     SCHEDULES,
     Path,
     iddpm_grid,
+    respaced_grid,
     sigma_grid,
+    stride_of,
+    strided_grid,
     timestep_grid,
     ve_grid,
     vp_grid,
@@ -33,8 +36,8 @@ from maskdit_jax.diffusion.steps import (
     Estimate,
     Plan,
     Steps,
-    ancestral_step,
     ddim_step,
+    plan_ancestral,
     plan_euler,
     plan_heun,
     plan_multistep,
@@ -50,7 +53,10 @@ GRIDS: dict[str, Callable[["SamplerOptions", Any], np.ndarray]] = {
     "vp": lambda o, _: vp_grid(o.num_steps, o.sigma_min, o.sigma_max),
     "ve": lambda o, _: ve_grid(o.num_steps, o.sigma_min, o.sigma_max),
     "iddpm": lambda o, _: iddpm_grid(o.num_steps, o.sigma_min, o.sigma_max),
+    "respaced": lambda o, levels: respaced_grid(o.num_steps, levels),
+    "strided": lambda o, levels: strided_grid(o.num_steps, levels),
 }
+OF_TIMESTEPS = ("timesteps", "respaced", "strided")  # the grids of the method's own noise levels
 
 
 class Solver(NamedTuple):
@@ -76,7 +82,7 @@ SOLVERS = {
     ),
     "dpmpp_2m": Solver(lambda sigmas, o: plan_multistep(sigmas), start=jnp.zeros_like),
     "ddim": Solver(lambda sigmas, o: plan_stochastic(ddim_step, sigmas, o.eta)),
-    "ancestral": Solver(lambda sigmas, o: plan_stochastic(ancestral_step, sigmas, 1.0)),
+    "ancestral": Solver(lambda sigmas, o: plan_ancestral(sigmas)),
 }
 
 
@@ -90,9 +96,13 @@ class SamplerOptions:
 
     num_steps: int = option(40, "steps, each to the next lower noise level", at_least=1, at_most=MAX_STEPS)
     solver: str = option("heun", ", ".join(SOLVERS), choices=tuple(SOLVERS))
-    grid: str = option("edm", f"noise levels: {', '.join(GRIDS)} (the method's own)", choices=tuple(GRIDS))
-    sigma_min: float = option(0.002, "lowest noise level but 0; not of grid timesteps", above=0)
-    sigma_max: float = option(80.0, "highest noise level; not of grid timesteps", above=0)
+    grid: str = option(
+        "edm",
+        f"noise levels: {', '.join(GRIDS)}; {', '.join(OF_TIMESTEPS)} are the method's own",
+        choices=tuple(GRIDS),
+    )
+    sigma_min: float = option(0.002, "lowest noise level but 0; not of grids of timesteps", above=0)
+    sigma_max: float = option(80.0, "highest noise level; not of grids of timesteps", above=0)
     rho: float = option(7.0, "the larger, the more of grid edm's levels are low", above=0)
     schedule: str = option(
         "linear", "noise over time, for heun and euler: linear, vp or ve", choices=tuple(SCHEDULES)
@@ -104,6 +114,7 @@ class SamplerOptions:
         1.0, "where in its step heun looks again: 1 at the end, 0.5 midway", above=0, at_most=1
     )
     cfg_scale: float = option(1.5, "guidance; 1: none", at_least=0)
+    guided_channels: int = option(0, "guide only so many of the first channels; 0: all", at_least=0)
     guidance_interval: tuple[float, float] | None = None
     clip: bool = option(False, "limit estimates of the clean data to -1 … 1")
     eta: float = option(0.0, "noise of ddim: 0 none … 1 as much as ancestral", at_least=0, at_most=1)
@@ -150,15 +161,21 @@ class SamplerOptions:
 
     def _check_levels(self, prefix: str, levels: np.ndarray | None) -> None:
         """In float32, in which samples are computed, each noise level must be below the one before."""
-        if self.grid == "timesteps":
+        if self.grid in OF_TIMESTEPS:
             if levels is None:
                 raise UserError(
-                    f"{prefix}grid='timesteps': the method is not trained on timesteps; use {prefix}grid=edm"
+                    f"{prefix}grid={self.grid!r}: the method is not trained on timesteps; use "
+                    f"{prefix}grid=edm"
                 )
             if self.num_steps > len(levels):
                 raise UserError(
                     f"{prefix}num_steps={self.num_steps} must be at most {len(levels):,}, the timesteps that "
                     f"the method has; or use {prefix}grid=edm"
+                )
+            if self.grid == "strided" and not stride_of(self.num_steps, len(levels)):
+                raise UserError(
+                    f"{prefix}num_steps={self.num_steps}: with no stride are so many of {len(levels):,} "
+                    f"timesteps passed; use {prefix}grid=respaced"
                 )
         try:
             with np.errstate(all="ignore"):
@@ -228,13 +245,15 @@ def integrate(
             chosen = guided if guided_calls[call] else denoise
             # Else XLA may compute with one noise level for all images, in another order on each mesh.
             sigma = jax.lax.optimization_barrier(jnp.full(x.shape[0], row.sigmas[call], dtype))
-            denoised = chosen(x, sigma, labels)
-            return Estimate(denoised, jnp.clip(denoised, -1, 1) if options.clip else denoised)
+            prediction, channels = chosen(x, sigma, labels), x.shape[-1]
+            denoised, share = prediction[..., :channels], None
+            if prediction.shape[-1] > channels:
+                share = prediction[..., channels:]
+            return Estimate(denoised, jnp.clip(denoised, -1, 1) if options.clip else denoised, share)
 
         drawn = None if row.before is None and row.after is None else step_noise(index).astype(dtype)
         x = x if row.before is None else x + row.before * drawn
-        x, carry = step(estimate, x, row, carry)
-        return (x if row.after is None else x + row.after * drawn, carry), None
+        return step(estimate, x, row, carry, None if row.after is None else drawn), None
 
     x, done = noise * sigmas[0], 0
     state = x, solver.start(x)
@@ -288,5 +307,5 @@ def generate(
         noise_grid(options, levels),
         options,
         step_noise=lambda step: draw(1 + step),
-        guided=guide(sides, options.cfg_scale),
+        guided=guide(sides, options.cfg_scale, options.guided_channels),
     )

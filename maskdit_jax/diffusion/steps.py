@@ -11,23 +11,28 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from maskdit_jax.diffusion.grids import Path, Points
 
 
 class Estimate(NamedTuple):
-    """Of the clean data, [B, H, W, C] each: as the denoiser gives it, and clipped to -1 … 1 if asked."""
+    """Of the clean data, [B, H, W, C] each: as the denoiser gives it, and clipped to -1 … 1 if asked.
+
+    share: of a step's largest variance in its own, in logarithms; None where it is not learned.
+    """
 
     denoised: jax.Array
     clipped: jax.Array
+    share: jax.Array | None
 
 
 class Rows(NamedTuple):
     """What steps go by, n of them in a plan and one where it is taken: float64 in a plan.
 
     sigmas [n, calls]: the noise level of each call of the denoiser. weights [n, k]: what the step multiplies
-    by. before, after [n]: times this, unit noise is added to x before the step and after it; None: none is.
+    by. before, after [n]: times this, unit noise is added to x before the step and at its end; None: none is.
     """
 
     sigmas: Any
@@ -40,8 +45,11 @@ class Rows(NamedTuple):
         return jax.tree.map(lambda column: column[some], self)
 
 
-# (estimate(x, which call of the step), x, its row, carry) → (x at the next noise level, carry)
-Step = Callable[[Callable[[jax.Array, int], Estimate], jax.Array, Rows, Any], tuple[jax.Array, Any]]
+# (estimate(x, which call of the step), x, its row, carry, unit noise to be added at its end, if any) → (x at
+# the next noise level, carry)
+Step = Callable[
+    [Callable[[jax.Array, int], Estimate], jax.Array, Rows, Any, jax.Array | None], tuple[jax.Array, Any]
+]
 
 
 class Steps(NamedTuple):
@@ -63,13 +71,13 @@ class Churn(NamedTuple):
     noise: float
 
 
-def euler_step(estimate, x, row, carry):
+def euler_step(estimate, x, row, carry, noise):
     """Along the slope at the start of the step (EDM, alg. 1 and 2, without the correction)."""
     keep, along = row.weights
     return keep * x + along * (x - estimate(x, 0).clipped), carry
 
 
-def heun_step(estimate, x, row, carry):
+def heun_step(estimate, x, row, carry, noise):
     """Along a mean of two slopes, at the start and at a point along the first (EDM, alg. 1 to 3)."""
     keep_to, along_to, keep, along, along_second = row.weights
     noise = x - estimate(x, 0).clipped
@@ -78,26 +86,31 @@ def heun_step(estimate, x, row, carry):
     return keep * x + along * noise + along_second * second_noise, carry
 
 
-def multistep_step(estimate, x, row, last):
+def multistep_step(estimate, x, row, last, noise):
     """Towards the line through the last estimate and this one (DPM-Solver++, alg. 2)."""
     keep, new, old = row.weights
     clipped = estimate(x, 0).clipped
     return keep * x + new * clipped + old * last, clipped
 
 
-def ddim_step(estimate, x, row, carry):
+def ddim_step(estimate, x, row, carry, noise):
     """From the clipped estimate along the network's own direction (DDIM, eq. 12; MaskDM).
 
     The direction is not made to agree with the clipped estimate.
     """
-    denoised, clipped = estimate(x, 0)
-    return clipped + row.weights[0] * (x - denoised), carry
+    denoised, clipped, _ = estimate(x, 0)
+    x = clipped + row.weights[0] * (x - denoised)
+    return (x if noise is None else x + row.after * noise), carry
 
 
-def ancestral_step(estimate, x, row, carry):
-    """A draw from q(x_next | x, clipped estimate) (DDPM, arXiv 2006.11239, eq. 6 and 7)."""
-    clipped = estimate(x, 0).clipped
-    return clipped + row.weights[0] * (x - clipped), carry
+def ancestral_step(estimate, x, row, carry, noise):
+    """A draw from q(x_next | x, clipped estimate) (DDPM, arXiv 2006.11239, eq. 6 and 7).
+
+    With a learned variance from p(x_next | x), as wide or wider (arXiv 2102.09672, eq. 15).
+    """
+    _, clipped, share = estimate(x, 0)
+    spread = row.after if share is None else row.after * jnp.exp(share * row.weights[1])
+    return clipped + row.weights[0] * (x - clipped) + spread * noise, carry
 
 
 def plan_euler(sigmas: np.ndarray, path: Path, churn: Churn) -> Plan:
@@ -176,3 +189,15 @@ def plan_stochastic(step: Step, sigmas: np.ndarray, eta: float) -> Plan:
     sigma_down = sigma_next * np.sqrt(1 - eta**2 + eta**2 * share)
     weights = (sigma_down / sigma)[:, None]
     return [Steps(step, Rows(sigma[:, None], weights, after=sigma_up if eta > 0 else None))]
+
+
+def plan_ancestral(sigmas: np.ndarray) -> Plan:
+    """Steps with as much noise as there may be; learned variances make it up to that of DDPM's betas.
+
+    In our coordinates these add sigma_up² · (1 + 1/sigma_next²) / (1 + 1/sigma²), of which half the logarithm
+    is the second weight.
+    """
+    ((_, rows),) = plan_stochastic(ancestral_step, sigmas, 1.0)
+    widening = np.zeros(len(sigmas) - 1)  # nothing in the last step, which adds no noise
+    widening[:-1] = 0.5 * np.diff(np.log1p(sigmas[:-1] ** -2.0))
+    return [Steps(ancestral_step, rows._replace(weights=np.column_stack([rows.weights, widening])))]

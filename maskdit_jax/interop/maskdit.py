@@ -1,10 +1,17 @@
 """MaskDiT, and its plain DiT: the names of their tensors in the authors' files."""
 
-import math
 from typing import Any
 
 from maskdit_jax.interop import tables
-from maskdit_jax.interop.tables import Shapes, dimensions, named_size, read_depth, same_width
+from maskdit_jax.interop.tables import (
+    Shapes,
+    dimensions,
+    named_size,
+    published_heads,
+    read_depth,
+    read_patches,
+    same_width,
+)
 from maskdit_jax.log import counted
 from maskdit_jax.models.embed import position_table
 from maskdit_jax.models.maskdit import PATCH_SIZES, SIZES
@@ -15,14 +22,14 @@ PATCH_MAP = "model.x_embedder.proj.weight"
 TORCH_NETWORK = "the preconditioned network of the architecture above"
 PUBLISHED_DATA = {"space": "latents", "latent_scale": 0.18215}
 PUBLISHED_DECODER = (512, 16)  # width and heads, at every size
-_BLOCK = [
+BLOCK = [
     ("modulation.linear", "adaLN_modulation.1", "linear"),
     ("attention.qkv", "attn.qkv", "linear"),
     ("attention.projection", "attn.proj", "linear"),
     ("mlp.fc1", "mlp.fc1", "linear"),
     ("mlp.fc2", "mlp.fc2", "linear"),
 ]
-_MODULATED_LINEAR = [
+MODULATED_LINEAR = [
     ("modulation.linear", "adaLN_modulation.1", "linear"),
     ("linear", "linear", "linear"),
 ]
@@ -32,10 +39,10 @@ TABLE = [
     ("noise_embedding.fc1", "model.t_embedder.mlp.0", "linear"),
     ("noise_embedding.fc2", "model.t_embedder.mlp.2", "linear"),
     ("label_embedding.table", "model.y_embedder.embedding_table.weight", "transposed"),
-    *((f"encoder.layers.{a}", f"model.blocks.{{i}}.{b}", c) for a, b, c in _BLOCK),
-    *((f"bridge.{a}", f"model.decoder_layer.{b}", c) for a, b, c in _MODULATED_LINEAR),
-    *((f"decoder.layers.{a}", f"model.decoder_blocks.{{i}}.{b}", c) for a, b, c in _BLOCK),
-    *((f"output.{a}", f"model.final_layer.{b}", c) for a, b, c in _MODULATED_LINEAR),
+    *((f"encoder.layers.{a}", f"model.blocks.{{i}}.{b}", c) for a, b, c in BLOCK),
+    *((f"bridge.{a}", f"model.decoder_layer.{b}", c) for a, b, c in MODULATED_LINEAR),
+    *((f"decoder.layers.{a}", f"model.decoder_blocks.{{i}}.{b}", c) for a, b, c in BLOCK),
+    *((f"output.{a}", f"model.final_layer.{b}", c) for a, b, c in MODULATED_LINEAR),
 ]
 
 
@@ -46,16 +53,7 @@ def recognises(shapes: Shapes) -> bool:
 
 def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
     """Options of the network and its data, all but its numbers of heads; see `Layout`."""
-    hidden_size, channels, patch_size, other_side = dimensions(shapes, PATCH_MAP, 4)
-    _, num_tokens, position_width = dimensions(shapes, "model.pos_embed", 3)
-    grid = math.isqrt(num_tokens)
-    if patch_size != other_side or grid**2 != num_tokens or not grid or hidden_size % 4:
-        raise ValueError(
-            f"patches of {patch_size}×{other_side}, {num_tokens} positions, width {hidden_size}: expected "
-            "square patches, a square number of positions (class tokens are not supported) and a width "
-            "that 4 divides"
-        )
-    same_width("model.pos_embed", position_width, hidden_size)
+    hidden_size, channels, patch_size, grid = read_patches(shapes, PATCH_MAP, "model.pos_embed")
     label_table = "model.y_embedder.embedding_table.weight"
     network: dict[str, Any] = {
         "hidden_size": hidden_size,
@@ -76,10 +74,9 @@ def read_options(shapes: Shapes) -> dict[str, dict[str, Any]]:
 
 def heads(network: Any) -> dict[str, tuple[int, int]]:
     """Heads of the published encoders and decoder; see `Layout`."""
-    published = {(depth, width): heads for depth, width, heads in SIZES.values()}
     width, decoder_heads = PUBLISHED_DECODER
     return {
-        "num_heads": (published.get((network.depth, network.hidden_size), 0), network.hidden_size),
+        **published_heads(network, SIZES),
         "decoder_num_heads": (
             decoder_heads if network.decoder_hidden_size == width else 0,
             network.decoder_hidden_size,

@@ -6,7 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from maskdit_jax.interop import tables
-from maskdit_jax.interop.tables import Shapes, dimensions, find, named_size, place, read_depth
+from maskdit_jax.interop.tables import (
+    Shapes,
+    dimensions,
+    find,
+    named_size,
+    place,
+    published_heads,
+    read_depth,
+)
 from maskdit_jax.models.sizes import size_name
 from maskdit_jax.models.uvit import PATCH_SIZES, SIZES
 
@@ -83,8 +91,7 @@ def _ratio(inner: int, width: int) -> float:
 
 def heads(network: Any) -> dict[str, tuple[int, int]]:
     """Heads of the published networks; see `Layout`."""
-    published = {(depth, width): heads for depth, width, heads in SIZES.values()}
-    return {"num_heads": (published.get((network.depth, network.hidden_size), 0), network.hidden_size)}
+    return published_heads(network, SIZES)
 
 
 def method_options(network: Any) -> dict[str, Any]:

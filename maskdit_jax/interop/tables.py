@@ -4,6 +4,7 @@
 is numpy arrays. A missing or unexpected key is a KeyError that names it.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable
 from types import SimpleNamespace
@@ -112,6 +113,27 @@ def read_depth(keys: Collection[str], prefix: str, at_most: int = MAX_DEPTH) -> 
     if count > at_most:
         raise ValueError(f"it has {count:,} of {prefix}…, at most {at_most:,} are possible")
     return count
+
+
+def read_patches(shapes: Shapes, patch_map: str, positions: str) -> tuple[int, int, int, int]:
+    """Width, channels, patch size and patches per side, of a patch map and a table of positions."""
+    width, channels, patch_size, other_side = dimensions(shapes, patch_map, 4)
+    _, num_tokens, position_width = dimensions(shapes, positions, 3)
+    grid = math.isqrt(num_tokens)
+    if patch_size != other_side or grid**2 != num_tokens or not grid or width % 4:
+        raise ValueError(
+            f"patches of {patch_size}×{other_side}, {num_tokens} positions, width {width}: expected "
+            "square patches, a square number of positions (class tokens are not supported) and a width "
+            "that 4 divides"
+        )
+    same_width(positions, position_width, width)
+    return width, channels, patch_size, grid
+
+
+def published_heads(network: Any, sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """What `Layout.heads` says of a network's one stack of blocks."""
+    published = {(depth, width): heads for depth, width, heads in sizes.values()}
+    return {"num_heads": (published.get((network.depth, network.hidden_size), 0), network.hidden_size)}
 
 
 def named_size(network: dict[str, Any], sizes: Sizes, patch_sizes: Collection[int]) -> str:

@@ -71,7 +71,10 @@ class Method:
         raise NotImplementedError
 
     def denoiser(self, network: Network) -> Denoiser:
-        """D(x, sigma, labels) for x = clean + sigma·noise: what guidance and solvers see of a method."""
+        """D(x, sigma, labels) for x = clean + sigma·noise: what guidance and solvers see of a method.
+
+        A method that learns the variance of ancestral steps returns its share with it: `variance_denoiser`.
+        """
         raise NotImplementedError
 
     def data_std(self) -> float | None:

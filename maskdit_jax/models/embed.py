@@ -113,13 +113,27 @@ class NoiseEmbedding(nnx.Module):
 
 
 class LabelEmbedding(nnx.Module):
-    """Labels [B] int → vector [B, D]: a row of a table; the label -1, "no class", is the zero vector."""
+    """Labels [B] int → vector [B, D]: a row of a table.
 
-    def __init__(self, num_classes: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.table = nnx.Param(normal(rngs.params(), (num_classes, hidden_size)))
+    The label -1, "no class", is the zero vector, or with `null_row` one more row, the last.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        hidden_size: int,
+        *,
+        null_row: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.table = nnx.Param(normal(rngs.params(), (num_classes + null_row, hidden_size)))
+        self.null_row = null_row
         self.dtype = dtype
 
     def __call__(self, labels: jax.Array) -> jax.Array:
+        if self.null_row:
+            labels = jnp.where(labels < 0, self.table.shape[0] - 1, labels)
         # A product with one-hot rows: the gradient is a matmul too, where a lookup's would be a
         # scatter-add that collapses on a GPU when many samples share a row.
         one_hot = jax.nn.one_hot(labels, self.table.shape[0], dtype=self.dtype)
