@@ -1,6 +1,6 @@
-"""DiT-XL/2 on ImageNet 256×256 (DiT, arXiv 2212.09748, sec. 4): the baseline that MaskDiT is measured against.
+"""DiT-XL/2 on ImageNet 256×256 (DiT, arXiv 2212.09748): the baseline that MaskDiT is measured against.
 
-Data: as for in256. Published with random flips: of cached latents those of MaskDiT's authors hold mirrored ones.
+Data: as for in256. DiT mirrors half of its images; of cached latents those of MaskDiT's authors hold both.
 Published: AdamW 1e-4 constant, no weight decay, batch 256, 7M steps, EMA 0.9999, labels dropped with 0.1;
 250 ancestral steps, FID-50k 9.62 without guidance, 2.27 at 1.5. Not run here.
 """
