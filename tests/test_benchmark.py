@@ -1,5 +1,6 @@
 """tools/benchmark.py as a user runs it, where nothing but JAX, Flax, Optax and Orbax is installed."""
 
+import functools
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import NETWORK, ROOT, call_tool, command_environment
+from tiny import NETWORK, ROOT, call_tool, command_environment, refusal
 
 from maskdit_jax.data.loader_speed import write_synthetic_shards
 
@@ -84,6 +85,33 @@ def test_compile_only_runs_nothing(python, tmp_path):
     assert result["compile_s"] > 0
     assert result["batch_size"] == 8
     assert "images_per_s" not in result
+
+
+@pytest.mark.processes
+def test_takes_turns_with_torch(monkeypatch, tmp_path, capsys):
+    """Each side in a process of its own; ratios are of rounds, ours to torch's."""
+    file = tmp_path / "result.json"
+    flags = ["--torch=eager", "--blocks=2", "--steps=2", f"--json={file}", "--config.compute.unroll=none"]
+    call_tool(monkeypatch, "benchmark", *TINY, *flags)
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    ours, *others = result["sides"]
+    assert ours == "maskdit_jax" and others == list(result["ratios"])
+    assert others[0] == "torch eager"
+    parameters = {about["parameters"] for about in result["about"].values()}
+    assert len(parameters) == 1  # the same network
+    for name, took in result["sides"].items():
+        assert took["wall_s"][1] <= took["wall_s"][0] <= took["wall_s"][2]
+        assert took["images_per_s"] == pytest.approx(8 / took["wall_s"][0])
+        assert took["peak_bytes"] > 50e6 and f"\n{name} " in printed
+    low, high = (result["ratios"]["torch eager"]["wall_s"][i] for i in (1, 2))
+    assert low <= result["ratios"]["torch eager"]["wall_s"][0] <= high
+
+
+@pytest.mark.processes
+def test_a_side_that_fails_says_why_in_one_line(monkeypatch, capsys):
+    flags = ["--config=configs/digits_maskdm_pretrain.py", "--torch", "--batch=8"]
+    line = refusal(capsys, functools.partial(call_tool, monkeypatch, "benchmark"), *flags)
+    assert line.startswith("error: maskdit_jax: the torch model is MaskDiT's: method.name=maskdm")
 
 
 @pytest.mark.processes

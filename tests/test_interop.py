@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny import NETWORK, NUM_STEPS, ROOT, call_tool, command_environment, refusal, tiny_flags
-from torch_maskdit import Denoiser
 
 from maskdit_jax import UserError, export_torch, import_torch, load, main
+from maskdit_jax.benchmark.torch_maskdit import Denoiser
 from maskdit_jax.exchange import CARD, CONFIG
 from maskdit_jax.interop.maskdit import to_torch
 from maskdit_jax.interop.torch_io import as_float32, read_file, shapes_of
@@ -137,18 +137,7 @@ def test_exported_run_in_plain_torch(run, tmp_path, monkeypatch, capsys):
     one_hot = torch.from_numpy((labels[:, None] == np.arange(10)).astype(np.float32))
     difference = {}
     for name, ours in (("ema", "ema"), ("model", "params")):
-        denoiser = Denoiser(
-            0.75,
-            image_size=8,
-            channels=1,
-            patch_size=2,
-            width=NETWORK["hidden_size"],
-            depth=NETWORK["depth"],
-            heads=NETWORK["num_heads"],
-            num_classes=10,
-            decoder=(NETWORK["decoder_hidden_size"], NETWORK["decoder_depth"], NETWORK["decoder_num_heads"]),
-            mask_token=True,
-        )
+        denoiser = Denoiser(0.75, **DATA._asdict(), patch_size=2, **NETWORK)
         denoiser.load_state_dict(weights[name], strict=True)
         with torch.no_grad():
             theirs = denoiser(torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(sigma), one_hot)

@@ -17,6 +17,7 @@ LAYERS = [
     ["sampling"],
     ["evaluation"],
     ["training"],
+    ["benchmark"],
     ["api", "exchange", "model_card", "finish", "sample_files", "seeds", "plots"],
     ["main", "sample", "evaluate", "doctor"],
 ]
