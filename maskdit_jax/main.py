@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="file such as configs/digits.py")
     parser.add_argument("--workdir", type=Path, help="folder of the run")
     parser.add_argument("--list_options", action="store_true", help="list the options of --config, and end")
+    parser.add_argument(
+        "--allow_changes", action="store_true", help="go on with options that make it another run"
+    )
     add_flags(parser)
     parser.epilog = "--config.section.key=value overrides an option; --list_options lists them all."
     flags, overrides = parser.parse_known_args(arguments)
@@ -39,13 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     with joined(flags) as peers:
         config = resolve(load(flags.config, overrides), device_count=jax.device_count())
         # Before the folder is touched: a refused run leaves nothing behind.
-        agree({"the command": "train"} | this_process() | run_options(config, flags.workdir))
+        command = {"the command": "train", "--allow_changes": flags.allow_changes}
+        agree(command | this_process() | run_options(config, flags.workdir))
         check_same_folder("--workdir", flags.workdir)
         source = open_configured_source(config)
         agree(data_identity(config, source))
         first = jax.process_index() == 0
         with locked(flags.workdir) if first else contextlib.nullcontext():
-            train(config, flags.workdir, source, peers)
+            train(config, flags.workdir, source, peers, allow_changes=flags.allow_changes)
             finish(flags.workdir)
 
 

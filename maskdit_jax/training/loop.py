@@ -23,6 +23,7 @@ from maskdit_jax.methods.method import Shape
 from maskdit_jax.sampling import Model
 from maskdit_jax.training.best import Best
 from maskdit_jax.training.build import Training, build
+from maskdit_jax.training.changes import check_changes
 from maskdit_jax.training.checkpoint import Checkpoints
 from maskdit_jax.training.init_from import check_same_network, start_from
 from maskdit_jax.training.report import Reporter, sample_grid
@@ -36,14 +37,17 @@ class Position(NamedTuple):
     seconds: float = 0.0
 
 
-def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> None:
+def train(
+    config: ConfigDict, workdir: Path, source: Source, peers: Peers, *, allow_changes: bool = False
+) -> None:
     """Run `config`, resolved, in the folder `workdir` up to its last step; continue if it has begun.
 
-    `source` is what `open_configured_source` gives.
+    `source` is what `open_configured_source` gives; allow_changes: go on also with options that make it
+    another run.
 
     Raises:
-      UserError: the folder, the run to start from or the memory do not fit, too many steps in a row
-        were not finite, or the last step could not be saved.
+      UserError: the folder, the run to start from, the options that have changed or the memory do not fit,
+        too many steps in a row were not finite, or the last step could not be saved.
       SystemExit: with the code PREEMPTED, after SIGTERM or Ctrl-C, when the step is saved.
     """
     training, steps = build(config), config.training.num_steps
@@ -52,7 +56,7 @@ def train(config: ConfigDict, workdir: Path, source: Source, peers: Peers) -> No
     data = config.data
     codec = open_codec(data.space, data.latent_scale, data.channels, config.vae, config.compute.precision)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every_steps)
-    state, begun = _begin(config, training, checkpoints)
+    state, begun = _begin(config, training, checkpoints, allow_changes)
     step = saved_step = int(state.step)
     if step >= steps:
         log.info(f"already finished: step {step:,} of {steps:,}")
@@ -132,7 +136,9 @@ def _reporter(config: ConfigDict, workdir: Path, first_step: int) -> Reporter:
     )
 
 
-def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+def _begin(
+    config: ConfigDict, training: Training, checkpoints: Checkpoints, allow_changes: bool
+) -> tuple[TrainState, Position]:
     """The state to go on from: of the newest checkpoint, of another run's weights, or fresh."""
 
     def restore(step: int, meta: dict[str, Any]) -> TrainState:
@@ -145,6 +151,7 @@ def _begin(config: ConfigDict, training: Training, checkpoints: Checkpoints) -> 
                 )
         saved = ConfigDict(meta["config"])
         check_same_network(saved, config, str(checkpoints.folder), *Shape._fields)
+        check_changes(saved, config, str(folder), allow=allow_changes)
         return checkpoints.restore(step, meta, training.state_shapes)
 
     if not checkpoints.steps:
