@@ -44,6 +44,7 @@ setup(
         ],
         "plots": PLOTS,
         "torch": TORCH,
+        "wandb": ["wandb>=0.20"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
     },

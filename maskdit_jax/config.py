@@ -125,6 +125,7 @@ class Report:
 
     every_steps: int = option(100, "updates between progress lines", at_least=1)
     tensorboard: bool = option(True, "write scalars and sample grids for TensorBoard")
+    wandb: str = option("", "project of Weights & Biases that gets them too (extra `wandb`); empty: none")
     preview_steps: int = option(50_000, "updates between sample grids; 0: only at the end", at_least=0)
     preview_rows: int = option(10, "rows of the grid: the first classes", at_least=1)
     preview_columns: int = option(10, "columns of the grid: samples of each class", at_least=1)

@@ -1,5 +1,6 @@
 """The end of a run: grid of samples and evaluation card of its newest checkpoint."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from maskdit_jax.errors import UserError, first_line
 from maskdit_jax.evaluation.card import describe_card, evaluation_card
 from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.log import log
+from maskdit_jax.options import is_a
 from maskdit_jax.training.checkpoint import FOLDER, open_run
 from maskdit_jax.training.report import sample_grid
+from maskdit_jax.training.sinks import Sinks, open_boards
 
 CARD, GRID = "card.json", "samples.png"
 
@@ -51,11 +54,25 @@ def finish(workdir: Path) -> None:
             }
             with appears_whole(card_file) as partial:
                 partial.write_text(json.dumps(card, indent=1))
+        with contextlib.closing(Sinks(open_boards(workdir, config))) as boards:
+            boards.image(step, "final_samples", grid)
+            boards.scalars(step, _numbers(card))
     if card:
         log.info(describe_card(card))
     log.info(
         f"finished at step {step:,}: samples in {grid_file}" + (f", card in {card_file}" if card else "")
     )
+
+
+def _numbers(card: dict[str, Any], prefix: str = "card") -> dict[str, float]:
+    """Those of a card by name, such as card/guided/frechet_distance."""
+    numbers: dict[str, float] = {}
+    for name, value in card.items():
+        if isinstance(value, dict):
+            numbers |= _numbers(value, f"{prefix}/{name}")
+        elif is_a(value, float):
+            numbers[f"{prefix}/{name}"] = float(value)
+    return numbers
 
 
 def _read_card(file: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Pictures of numbers (extra `plots`): the curves of a run, and quality over network calls."""
 
-import os
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.files import appears_whole, check_folder
+from maskdit_jax.files import MAX_JSON_BYTES, appears_whole
+from maskdit_jax.options import is_a
+from maskdit_jax.training.sinks import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TENSORBOARD = "tensorboard"
 # What a table of `tools/compare_solvers.py` may hold of each row, and how a plot names it.
 QUALITY = {
     "distance": "distance to the 200-step Heun solution (rms)",
@@ -22,44 +23,39 @@ QUALITY = {
 
 
 def read_scalars(workdir: str | Path) -> dict[str, np.ndarray]:
-    """Every scalar of a run's TensorBoard files: name → rows [n, 2] of step and value, by step.
-
-    Of a step that was made again after a crash the last value counts.
+    """Every number of a run's metrics.jsonl: name → rows [n, 2] of step and value, by step.
 
     Raises:
-      UserError: the folder has none, or they cannot be read.
+      UserError: the folder has none, or a line of it is damaged.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of TensorFlow, which TensorBoard imports
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    folder = Path(workdir) / TENSORBOARD
-    check_folder(folder)
+    file = Path(workdir) / METRICS
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; runs write it (of older ones TensorBoard shows the curves)")
+    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        raise UserError(f"{file} is {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
     found: dict[str, dict[int, float]] = {}
-    try:
-        # One accumulator for each file, in order of time: it would drop what was before a restart.
-        for file in sorted(folder.glob("events.out.tfevents.*")):
-            events = EventAccumulator(str(file), size_guidance={"tensors": 0, "images": 1})
-            events.Reload()
-            for name in events.Tags()["tensors"]:
-                for event in events.Tensors(name):
-                    value = make_ndarray(event.tensor_proto)
-                    if value.dtype.kind == "f" and value.ndim == 0:
-                        found.setdefault(name, {})[event.step] = float(value)
-    except Exception as error:  # a damaged file raises anything
-        raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
-    if not found:
-        raise UserError(f"{folder} holds no scalars: was the run made with report.tensorboard=true?")
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            values = json.loads(line)
+            step = values.pop("step")
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            values, step = {}, None
+        if not is_a(step, int) or not values or not all(is_a(value, float) for value in values.values()):
+            raise UserError(f"{file}, line {number}: expected a step and numbers by name, as JSON")
+        for name, value in values.items():
+            found.setdefault(name, {})[step] = float(value)
     return {name: np.array(sorted(values.items())) for name, values in found.items()}
 
 
 def plot_run(workdir: str | Path, file: str | Path) -> list[str]:
-    """Draw each scalar of a run over its steps into a picture file; the names of the scalars.
+    """Draw each number of a run over its steps into a picture file; their names.
 
     Raises:
       UserError: as `read_scalars`, or matplotlib is not installed.
     """
     scalars = read_scalars(workdir)
+    if not scalars:
+        raise UserError(f"{workdir}: the run has reported nothing yet")
     columns = min(len(scalars), 3)
     rows = -(-len(scalars) // columns)
     figure = _figure(4.2 * columns, 2.6 * rows)

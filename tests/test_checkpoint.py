@@ -196,17 +196,10 @@ def test_a_step_that_is_on_disk_has_its_preview(tmp_path, monkeypatch):
 def test_a_preview_that_cannot_be_written_is_given_up(tmp_path, messages, caplog):
     """A file stands where its folder belongs."""
     (tmp_path / "previews").write_text("mine")
-    options = {"first_step": 0, "num_steps": 1, "batch_size": 1, "every_steps": 1, "tensorboard": False}
+    options = {"first_step": 0, "num_steps": 1, "batch_size": 1, "every_steps": 1}
     Reporter(tmp_path, **options).grid(1, np.zeros((2, 2, 1), np.uint8))
     assert "previews/step_00000001.png could not be written: " in caplog.text
     assert (tmp_path / "previews").read_text() == "mine"
-
-
-def test_tensorboard_that_is_a_file_is_refused_in_one_line(tmp_path):
-    (tmp_path / "tensorboard").write_text("mine")
-    options = {"first_step": 0, "num_steps": 1, "batch_size": 1, "every_steps": 1, "tensorboard": True}
-    with pytest.raises(UserError, match="tensorboard is in the way, where a folder belongs"):
-        Reporter(tmp_path, **options)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ def test_tensorboard_file_holds_scalars_and_samples(run):
         assert all(x == 0 if name == "nonfinite_total" else x > 0 for x in values)
     measured = events.Tensors("frechet_pixels_40")
     assert [event.step for event in measured] == [4, 8]
+    rates = [float(make_ndarray(event.tensor_proto)) for event in events.Tensors("learning_rate")]
+    assert rates == pytest.approx([PEAK_RATE * min(n / WARMUP_STEPS, 1) for n in range(1, NUM_STEPS + 1)])
+    assert len(events.Tensors("mask_ratio")) == NUM_STEPS
+    (text,) = events.Tensors("configuration")
+    assert b"--config.optimizer.learning_rate=0.001  # after" in make_ndarray(text.tensor_proto)[0]
+    assert [event.step for event in events.Tensors("card/guided/class_share")] == [NUM_STEPS]
+    assert [event.step for event in events.Tensors("final_samples")] == [NUM_STEPS]
     images = events.Tensors("samples")
     assert [event.step for event in images] == [4, 8]
     assert make_ndarray(images[0].tensor_proto)[2].startswith(b"\x89PNG")

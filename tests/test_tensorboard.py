@@ -3,7 +3,9 @@
 import sys
 
 import numpy as np
+import pytest
 
+from maskdit_jax.errors import UserError
 from maskdit_jax.training.tensorboard import TensorBoard
 
 
@@ -26,6 +28,12 @@ def test_events_are_written_without_tensorflow(tmp_path, monkeypatch):
     width, height, png = found[2][3].string_val
     assert (width, height, png[:4]) == (b"3", b"2", b"\x89PNG")
     assert list(found[3][3].string_val) == [b"# a"]
+
+
+def test_a_file_in_place_of_its_folder_is_refused_in_one_line(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match="tensorboard is in the way, where a folder belongs"):
+        TensorBoard(tmp_path / "tensorboard")
 
 
 def read(workdir):

@@ -10,7 +10,7 @@ from maskdit_jax.plots import plot_quality, plot_run
 def main() -> None:
     parser = Parser("python tools/plot.py", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", help="run folder: loss, speed and metrics of its TensorBoard files")
+    what.add_argument("--workdir", help="run folder: the numbers of its metrics.jsonl")
     what.add_argument("--solvers", type=Path, help="JSON file of tools/compare_solvers.py")
     parser.add_argument("--out", required=True, type=Path, help="picture: .png, .svg or .pdf")
     flags = parser.parse_args()

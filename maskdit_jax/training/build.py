@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from maskdit_jax.config import ConfigDict, compute_of, method_of, shape_of
@@ -24,7 +25,7 @@ class Training(NamedTuple):
     state_shapes: the state as ShapeDtypeStructs with their shardings. start(params): the sharded
     state before the first update; without parameters they are freshly initialised. step(state,
     batch, num_keep) → state, metrics: one jitted update, which consumes the state. num_keep(step):
-    visible tokens of num_tokens, one of keep_levels.
+    visible tokens of num_tokens, one of keep_levels. learning_rate(count): after `count` updates.
     """
 
     mesh: Mesh
@@ -34,6 +35,7 @@ class Training(NamedTuple):
     num_tokens: int
     num_keep: Callable[[int], int]
     keep_levels: list[int]
+    learning_rate: optax.Schedule
 
 
 def build(config: ConfigDict) -> Training:
@@ -83,6 +85,7 @@ def build(config: ConfigDict) -> Training:
         num_tokens=method.num_tokens(data),
         num_keep=num_keep,
         keep_levels=keep_levels,
+        learning_rate=learning_rate,
     )
 
 

@@ -3,13 +3,13 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from maskdit_jax.config import ConfigDict, method_of, shape_of
+from maskdit_jax.config import ConfigDict, described, method_of, shape_of
 from maskdit_jax.data.pipeline import batches, to_devices
 from maskdit_jax.data.sources import Batch, Source, open_source
 from maskdit_jax.data.vae import open_codec
@@ -27,6 +27,8 @@ from maskdit_jax.training.changes import check_changes
 from maskdit_jax.training.checkpoint import Checkpoints
 from maskdit_jax.training.init_from import check_same_network, start_from
 from maskdit_jax.training.report import Reporter, sample_grid
+from maskdit_jax.training.run_folder import RunFolder
+from maskdit_jax.training.sinks import METRICS, MetricsFile, Sinks, open_boards
 from maskdit_jax.training.state import EMA, TrainState
 
 
@@ -50,6 +52,13 @@ def train(
         too many steps in a row were not finite, or the last step could not be saved.
       SystemExit: with the code PREEMPTED, after SIGTERM or Ctrl-C, when the step is saved.
     """
+    with RunFolder(workdir) as folder:
+        _train(config, workdir, source, peers, folder, allow_changes)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, source: Source, peers: Peers, folder: RunFolder, allow_changes: bool
+) -> None:
     training, steps = build(config), config.training.num_steps
     check_fits(training.state_shapes)
     # Opened now, so that a wrong folder stops the run before it begins.
@@ -65,13 +74,18 @@ def train(
     log.info(_describe(config, training, len(source)))
     monitor = Monitor(config, codec) if config.evaluation.every_steps else None
     best = Best(workdir, monitor.name, monitor.reference) if monitor and config.evaluation.keep_best else None
-    reporter = _reporter(config, workdir, step)
+    started = time.monotonic()
+
+    def trained():
+        return begun.seconds + time.monotonic() - started
+
+    reporter = _reporter(config, workdir, training, step, begun.items, trained)
+    folder.begin(config, step)
     device_batches = to_devices(host_batches(source, config, begun.items), batch_sharding(training.mesh))
-    items, started = begun.items, time.monotonic()
+    items = begun.items
 
     def meta():
-        seconds = begun.seconds + time.monotonic() - started
-        return {"config": config.to_dict(), "items_consumed": items, "seconds": seconds}
+        return {"config": config.to_dict(), "items_consumed": items, "seconds": trained()}
 
     def save():
         nonlocal saved_step
@@ -125,14 +139,38 @@ def train(
             )
 
 
-def _reporter(config: ConfigDict, workdir: Path, first_step: int) -> Reporter:
+def _reporter(
+    config: ConfigDict,
+    workdir: Path,
+    training: Training,
+    first_step: int,
+    first_item: int,
+    trained: Callable[[], float],
+) -> Reporter:
+    """A reporter of the run from that step and item; trained(): seconds so far, also of earlier commands."""
+    sinks, batch_size = Sinks(), config.training.batch_size
+    if jax.process_index() == 0:
+        # The boards first: what they lack is said before anything is written.
+        boards = open_boards(workdir, config)
+        sinks = Sinks([*boards, MetricsFile(workdir / METRICS, first_step)])
+        sinks.text(first_step, "configuration", "\n".join(f"    {line}" for line in described(config)))
+
+    def also(step: int, skipped: int) -> dict[str, float]:
+        return {
+            "kimg": (first_item + (step - first_step) * batch_size) / 1000,
+            "learning_rate": float(training.learning_rate(step - 1 - skipped)),
+            "mask_ratio": 1 - training.num_keep(step - 1) / training.num_tokens,
+            "seconds": trained(),
+        }
+
     return Reporter(
         workdir,
         first_step=first_step,
         num_steps=config.training.num_steps,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size,
         every_steps=config.report.every_steps,
-        tensorboard=config.report.tensorboard and jax.process_index() == 0,
+        sinks=sinks,
+        also=also,
     )
 
 

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 MAX_PROGRAMS = 16
@@ -38,10 +40,15 @@ def with_clip(adamw: optax.OptState) -> optax.OptState:
 
 
 def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> optax.Schedule:
-    """Constant after a linear warm-up over `warmup_kimg` thousand items; the first update already moves."""
+    """Constant after a linear warm-up over `warmup_kimg` thousand items; the first update already moves.
+
+    Of a number on the host it is one on the host: nothing waits for a device.
+    """
     # At least one step: without a warm-up the first update has the whole rate.
     warmup_steps = max(warmup_kimg * 1000 / batch_size, 1)
-    return lambda count: peak * jnp.minimum((count + 1) / warmup_steps, 1.0)
+    return lambda count: (
+        peak * (jnp if isinstance(count, jax.Array) else np).minimum((count + 1) / warmup_steps, 1.0)
+    )
 
 
 def rounded_schedule(exact: Callable[[int], int], num_steps: int) -> tuple[Callable[[int], int], list[int]]:

@@ -1,27 +1,30 @@
-"""What a person sees of a run: progress lines, TensorBoard scalars and sample grids."""
+"""What a person sees of a run: progress lines, curves and sample grids."""
 
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from maskdit_jax.data.images import contact_sheet, save_png, to_uint8
-from maskdit_jax.errors import first_line
 from maskdit_jax.log import duration, log
 from maskdit_jax.sampling import Model
+from maskdit_jax.training.sinks import Sinks, survive
 from maskdit_jax.training.step import Metrics
-from maskdit_jax.training.tensorboard import TensorBoard
 
 # Steps whose metrics are still on their way: the device always has the next step to work on.
 IN_FLIGHT = 2
 
 
 class Reporter:
-    """Collects metrics of steps without making the device wait, and writes means at intervals."""
+    """Collects metrics of steps without making the device wait, and writes means at intervals.
+
+    sinks: get every number and picture; also(step, skipped): further numbers for them after `step` updates,
+    of which so many were skipped.
+    """
 
     def __init__(
         self,
@@ -31,11 +34,12 @@ class Reporter:
         num_steps: int,
         batch_size: int,
         every_steps: int,
-        tensorboard: bool,
+        sinks: Sinks | None = None,
+        also: Callable[[int, int], dict[str, float]] = lambda step, skipped: {},
     ):
         self._workdir = workdir
         self._num_steps, self._batch_size, self._every = num_steps, batch_size, every_steps
-        self._writer = TensorBoard(workdir / "tensorboard") if tensorboard else None
+        self._sinks, self._also = sinks or Sinks(), also
         self._waiting: collections.deque[Metrics] = collections.deque()
         self._interval: list[dict[str, float]] = []
         self._step = first_step
@@ -86,41 +90,27 @@ class Reporter:
         parts += [f"{duration(self._time_left(now))} left"] if speed else []
         parts += [f"{skipped} non-finite steps skipped"] if skipped else []
         log.info(" · ".join(parts))
-        if self._writer:
-            scalars = means | {"nonfinite_total": skipped}
-            scalars |= {"images_per_second": speed} if speed else {}
-            with self._survive("TensorBoard's file"):
-                self._writer.write_scalars(self._step, scalars)
+        scalars = means | {"nonfinite_total": skipped} | self._also(self._step, skipped)
+        scalars |= {"images_per_second": speed} if speed else {}
+        self._sinks.scalars(self._step, scalars)
 
     def _time_left(self, now: float) -> float:
         done = self._step - (self._first_timed_step or 0)
         return (self._num_steps - self._step) * (now - self._started) / max(done, 1)
 
     def grid(self, step: int, grid: np.ndarray) -> None:
-        """Write a sample grid [H, W, 1 or 3] uint8 as a PNG and to TensorBoard."""
+        """Write a sample grid [H, W, 1 or 3] uint8 as a PNG and to the sinks."""
         path = self._workdir / "previews" / f"step_{step:08d}.png"
-        with self._survive(path):
+        with survive(path):
             path.parent.mkdir(exist_ok=True)
             save_png(path, grid)
             log.info(f"preview: {path}")
-        if self._writer:
-            with self._survive("TensorBoard's file"):
-                self._writer.write_image(step, "samples", grid)
+        self._sinks.image(step, "samples", grid)
 
     def measured(self, step: int, name: str, value: float, is_best: bool = False) -> None:
-        """Write one number about samples of a step, and to TensorBoard under that name."""
+        """Write one number about samples of a step, and to the sinks under that name."""
         log.info(f"step {step:,}: {name} {value:.4f}" + ", the best so far" * is_best)
-        if self._writer:
-            with self._survive("TensorBoard's file"):
-                self._writer.write_scalars(step, {name: value})
-
-    @contextlib.contextmanager
-    def _survive(self, what: str | Path) -> Iterator[None]:
-        """A report that cannot be written, most often to a full disk, is given up; the run goes on."""
-        try:
-            yield
-        except Exception as error:
-            log.warning(f"warning: {what} could not be written: {first_line(error)}")
+        self._sinks.scalars(step, {name: value})
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -134,9 +124,7 @@ class Reporter:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        if self._writer:
-            with self._survive("TensorBoard's file"):
-                self._writer.close()
+        self._sinks.close()
 
 
 def _in_order(metrics: dict[str, float]) -> list[str]:
