@@ -7,6 +7,7 @@ from maskdit_jax.diffusion.solvers import SamplerOptions
 from maskdit_jax.errors import UserError, first_line, shown
 from maskdit_jax.methods import METHODS
 from maskdit_jax.methods.method import Shape
+from maskdit_jax.models.compute import Compute
 from maskdit_jax.options import IN_WORDS, as_section, check_option, each_option, is_a
 
 # What weights need of the configuration saved with them, beside the method: all that an import has.
@@ -14,6 +15,7 @@ _DATA = tuple(f"data.{name}" for name in (*Shape._fields, "space", "latent_scale
 _CLOSED = ("method", "compute", "sampling")  # these sections are arguments: nothing else may stand there
 # The sampler's options that came later: where they are missing, their defaults do as was done before.
 LATER = ("schedule", "scaling", "alpha", "guided_channels")
+COMPUTE_LATER = ("attention",)  # likewise
 
 # All that an import had before there were methods, and every run.
 _BEFORE_METHODS = """
@@ -90,9 +92,14 @@ def _check_values(found: dict[str, Any]) -> None:
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A configuration of today's layout; before there were methods, all was MaskDiT, in other sections."""
     if "method" in content or "model" not in content:
-        sampling = content.get("sampling")
-        later = {name: getattr(SamplerOptions(), name) for name in LATER}
-        return content | {"sampling": later | sampling} if isinstance(sampling, dict) else content
+        for section, record, names in (
+            ("sampling", SamplerOptions(), LATER),
+            ("compute", Compute(), COMPUTE_LATER),
+        ):
+            if isinstance(content.get(section), dict):
+                later = {name: getattr(record, name) for name in names}
+                content = content | {section: later | content[section]}
+        return content
     missing = [name for name in _BEFORE_METHODS if name not in leaves(content)]
     if missing:
         raise UserError(f"the configuration lacks {', '.join(missing[:3])}")
@@ -104,7 +111,7 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     network = model | {"mask_token": diffusion["mae_coef"] > 0}
     content["method"] = defaults("maskdit").method.to_dict() | diffusion | {"network": network}
     content["data"] |= shape
-    content["compute"] = compute
+    content["compute"] = as_section(Compute()) | compute
     content["sampling"] = sampling_section(METHODS["maskdit"].sampler) | content["sampling"]
     training = content.get("training", {})
     if "ema_decay" in training:

@@ -22,7 +22,7 @@ from maskdit_jax.errors import UserError
 from maskdit_jax.methods.maskdit import MaskDiT, MaskDiTNetwork
 from maskdit_jax.methods.method import Shape
 from maskdit_jax.models.compute import Compute
-from maskdit_jax.saved_config import LATER, saved_config
+from maskdit_jax.saved_config import COMPUTE_LATER, LATER, saved_config
 from maskdit_jax.training.build import build
 from maskdit_jax.training.init_from import check_same_network
 
@@ -72,10 +72,12 @@ def test_upgrading_changes_no_content_and_happens_once():
     assert saved_config(upgraded.to_dict()).to_dict() == upgraded.to_dict()
 
 
-def test_run_from_before_an_option_of_the_sampler_has_its_default():
+def test_run_from_before_an_option_of_sampler_or_compute_has_its_default():
     older = new_run()
     for name in LATER:
         del older["sampling"][name]
+    for name in COMPUTE_LATER:
+        del older["compute"][name]
     assert saved_config(older).to_dict() == saved_config(new_run()).to_dict()
 
 
@@ -129,8 +131,8 @@ def test_what_weights_need_must_be_there(content):
             names &= {"space", "latent_scale", "image_size", "channels", "num_classes"}
         if section == "diffusion":
             names &= {"sigma_data", "mae_coef"}
-        if section == "sampling":
-            names -= set(LATER)
+        if section in ("sampling", "compute"):
+            names -= {*LATER, *COMPUTE_LATER}
         assert names
         for name in names:
             damaged = copy.deepcopy(content)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,14 @@ MIN_SHARDED_SIZE = 2**14
 AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """Mesh over the first data·fsdp devices of all processes, with the axes `data` and `fsdp`.
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over the first data·fsdp devices, all processes' unless given, with the axes `data` and `fsdp`.
 
     A process's devices stand side by side, so that parameters are shared within a host as far as
     `fsdp` lets them, only gradients cross the network, and a process's items of a batch are
     consecutive.
     """
-    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices[: data * fsdp]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 

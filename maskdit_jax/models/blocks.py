@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maskdit_jax.models.compute import Compute
+from maskdit_jax.models.compute import Compute, chosen
 from maskdit_jax.models.embed import Linear, xavier_uniform
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -48,14 +48,21 @@ gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=True))
 exact_gelu = _save_only_input(functools.partial(jax.nn.gelu, approximate=False))
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Bias | None = None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: Bias | None = None,
+    *,
+    fused: bool = False,
+) -> jax.Array:
     """Softmax attention, [B, N, h, d] each → [B, N, h, d]; softmax in float32.
 
-    cuDNN's fused kernel where it applies (GPU, 16-bit, head size a multiple of 8 up to 128, no bias);
+    `fused`: cuDNN's kernel where it applies (16-bit, head size a multiple of 8 up to 128, no bias);
     elsewhere batched matrix products over [B·h, N, d], which a CPU runs at matmul speed.
     """
     head_size = query.shape[-1]
-    if jax.default_backend() != "gpu":
+    if not fused:
         return _attend_by_products(query, key, value, bias)
     if bias is not None:
         # cuDNN's kernel computes no gradient of a bias that is another for each sample. As with that kernel
@@ -101,6 +108,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
+        self.fused = False  # a stack of blocks knows, and sets it
         linear = functools.partial(Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.qkv = linear(width, 3 * width, use_bias=qkv_bias == "all")
         self.projection = linear(width, width)
@@ -115,7 +123,7 @@ class Attention(nnx.Module):
             qkv_bias = jnp.concatenate([self.q_bias[...], jnp.zeros(width), self.v_bias[...]])
             qkv = qkv + qkv_bias.astype(qkv.dtype)[None, None]
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias).reshape(x.shape)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias, fused=self.fused).reshape(x.shape)
         return checkpoint_name(self.projection(checkpoint_name(out, "attention")), "projection")
 
 
@@ -198,8 +206,10 @@ class BlockStack(nnx.Module):
         def stack(rngs: nnx.Rngs) -> nnx.Module:
             return make_block(rngs)
 
-        self.remat, self.unroll = compute.remat, compute.unroll
+        self.remat, self.unroll = compute.remat, chosen(compute.unroll, "full")
         self.layers = stack(rngs)
+        fused = chosen(compute.attention, "cudnn")
+        self.layers.set_attributes(Attention, fused=fused, raise_if_not_found=False)
 
     def __call__(
         self,
@@ -218,8 +228,6 @@ class BlockStack(nnx.Module):
         graphdef, params = nnx.split(self.layers)
         if start or stop is not None:
             params = jax.tree.map(lambda p: p[start:stop], params)
-        on_gpu = jax.default_backend() == "gpu"
-        unroll = self.unroll == "full" or (self.unroll == "auto" and on_gpu)
 
         def body(x, inputs):
             block_params, mine = inputs
@@ -234,6 +242,6 @@ class BlockStack(nnx.Module):
                 else policies.nothing_saveable
             )
             # Outside a rolled loop XLA would merge the recomputation with the forward pass.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
-        x, emitted = jax.lax.scan(body, x, (params, own), unroll=unroll)
+            body = jax.checkpoint(body, policy=policy, prevent_cse=self.unroll)
+        x, emitted = jax.lax.scan(body, x, (params, own), unroll=self.unroll)
         return (x, emitted) if emit else x

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from maskdit_jax.options import option
@@ -14,6 +15,7 @@ PRECISIONS = {
 }
 REMAT_POLICIES = ("none", "mlp", "full")
 UNROLL_CHOICES = ("auto", "full", "none")
+ATTENTION_CHOICES = ("auto", "cudnn", "products")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Compute:
     unroll: str = option(
         "auto", "unroll the loop over blocks: full, none or auto (full on a GPU)", choices=UNROLL_CHOICES
     )
+    attention: str = option(
+        "auto",
+        "cudnn (its fused kernel, for 16-bit heads that it knows), products or auto (cudnn on a GPU)",
+        choices=ATTENTION_CHOICES,
+    )
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -39,3 +46,8 @@ class Compute:
     def matmul_precision(self) -> str:
         """Of matrix products, as `jax.default_matmul_precision` takes it."""
         return PRECISIONS[self.precision][1]
+
+
+def chosen(choice: str, on_gpu: str) -> bool:
+    """Whether an option is `on_gpu`, the value that "auto" stands for where JAX's backend is a GPU."""
+    return choice == on_gpu or (choice == "auto" and jax.default_backend() == "gpu")

@@ -135,8 +135,10 @@ def _keep_pairs(pairs: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -
 
 def _keep_pairs_backward(saved, g):
     # A GPU would start thousands of small kernels one after the other, a CPU gather what is mostly zero.
-    of_all = sum_pairs_at_once if jax.default_backend() == "gpu" else sum_pairs_in_turn
-    return of_all(g, *saved), None, None
+    of_all = jax.lax.platform_dependent(
+        g, *saved, cuda=sum_pairs_at_once, rocm=sum_pairs_at_once, default=sum_pairs_in_turn
+    )
+    return of_all, None, None
 
 
 def sum_pairs_in_turn(g: jax.Array, keep_ids: jax.Array, restore_ids: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """From a resolved configuration to what needs no data: network, mesh, state, jitted step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,15 +38,18 @@ class Training(NamedTuple):
     learning_rate: optax.Schedule
 
 
-def build(config: ConfigDict) -> Training:
-    """Parts of the run that `config`, resolved, describes; nothing is allocated or compiled yet."""
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Training:
+    """Parts of the run that `config`, resolved, describes; nothing is allocated or compiled yet.
+
+    devices: by default all there are; others, of a topology, can be compiled for but not run on.
+    """
     method, data, compute = method_of(config), shape_of(config), compute_of(config)
     training, adamw = config.training, config.optimizer.to_dict()
     learning_rate = learning_rate_schedule(
         adamw.pop("learning_rate"), adamw.pop("warmup_kimg"), training.batch_size
     )
     optimizer = make_optimizer(learning_rate, **adamw)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
 
     def start(params=None) -> TrainState:
         if params is None:
