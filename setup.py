@@ -33,6 +33,7 @@ setup(
         "safetensors>=0.5",
         "importlib_resources",
         "lmdb>=1.6",
+        "tqdm",
         "tensorboard>=2.20",
         *TENSORFLOW,
     ],

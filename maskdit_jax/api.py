@@ -38,24 +38,21 @@ def load(
         if value is not None and value not in choices:
             raise UserError(f"{name}={value!r} is unknown; known: {', '.join(choices)}")
     checkpoints, mesh = open_run(path), make_mesh(jax.device_count(), 1)
-    if step is None:
-        step, meta, params = checkpoints.newest_healthy(
-            lambda step, meta: checkpoints.restore_weights(step, meta, weights, mesh)
-        )
-    elif step in checkpoints.steps:
-        meta = checkpoints.meta(step)
-        params = checkpoints.restore_weights(step, meta, weights, mesh)
-    else:
-        kept = ", ".join(f"{kept:,}" for kept in checkpoints.steps)
-        raise UserError(f"step={step!r}: {path} holds the steps {kept}")
+    step, meta, params = checkpoints.healthy(
+        step, lambda step, meta: checkpoints.restore_weights(step, meta, weights, mesh)
+    )
     checkpoints.close()
     config = ConfigDict(meta["config"])
     config.compute.precision = precision or config.compute.precision
-    if vae is None:
-        vae = config.get("vae")  # an import has none
-    data = config.data
-    codec = open_codec(data.space, data.latent_scale, data.channels, vae, config.compute.precision)
-    return Model(config, params, mesh, codec, Origin(Path(path), step, weights))
+    data, precision = config.data, config.compute.precision
+    try:
+        chosen = config.get("vae") if vae is None else vae  # an import has none
+        codec = open_codec(data.space, data.latent_scale, data.channels, chosen, precision)
+    except UserError as error:
+        remedy = "it is the run's own: give another place of it as vae (--vae=FOLDER), or vae='' for latents"
+        raise UserError(f"{error}; {remedy}" if vae is None else str(error)) from None
+    origin = Origin(Path(path), step, weights)
+    return Model(config, params, mesh, codec, origin, meta.get("class_names", ()))
 
 
 def other_weights(model: Model, weights: str) -> Model:
@@ -75,4 +72,4 @@ def other_weights(model: Model, weights: str) -> Model:
     meta = checkpoints.meta(origin.step)
     params = checkpoints.restore_weights(origin.step, meta, weights, model.mesh)
     checkpoints.close()
-    return Model(model.config, params, model.mesh, model.codec, origin)
+    return Model(model.config, params, model.mesh, model.codec, origin, model.class_names)

@@ -1,5 +1,6 @@
 """Configurations: the sections that all methods share, and the checks that concern several of them."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Run:
     init_weights: str = option(
         "both", "of init_from: both sets as they are, or params or ema for both", choices=INIT_WEIGHTS
     )
+    init_step: int = option(0, "step of init_from whose weights are taken; 0: the newest", at_least=0)
     vae: str = option(
         "", "the latents' autoencoder, to show samples as pixels: diffusers folder or .pth file"
     )
@@ -251,6 +253,8 @@ def resolve(config: ConfigDict, *, device_count: int) -> ConfigDict:
     check_method(config)
     _check_together(config)
     _check_devices(config, device_count)
+    if config.vae:
+        config.vae = os.path.abspath(config.vae)  # samples will be made from other folders too
     return config.lock()
 
 

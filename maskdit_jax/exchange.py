@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 import jax
 import numpy as np
 
-from maskdit_jax.api import other_weights
+from maskdit_jax.api import load, other_weights
 from maskdit_jax.config import ConfigDict, compute_of, method_of, sampling_section
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, read_json
@@ -273,9 +273,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {"config": config.to_dict(), "step": step, "weights": weights}
 
 
-def export_torch(model: Model, path: str | Path) -> None:
-    """Write a model's weights for PyTorch, with a `MODEL_CARD.md` and a `config.json` beside them.
+def export_torch(model: Model | str | Path, path: str | Path) -> None:
+    """Write weights for PyTorch, with a `MODEL_CARD.md` and a `config.json` beside them.
 
+    Those of a model, or the EMA of the newest checkpoint in the folder of a run or import.
     A .safetensors file holds the weights of `model`; a .pt file both the raw weights ("model") and
     the EMA ("ema") of the same step of its run, loadable with strict key checking by code that builds
     the architecture under the authors' names. What was written is read back and compared.
@@ -285,6 +286,8 @@ def export_torch(model: Model, path: str | Path) -> None:
         the method's tensors are not known.
     """
     path = Path(path)
+    if not isinstance(model, Model):
+        model = load(model, vae="")
     if path.suffix not in (".safetensors", ".pt"):
         raise UserError(f"{path}: expected a name that ends with .safetensors or .pt")
     if model.origin is None:

@@ -19,7 +19,7 @@ from maskdit_jax.log import log, log_to_stdout
 from maskdit_jax.models.compute import PRECISIONS
 from maskdit_jax.options import each_option
 from maskdit_jax.sample_files import write_samples
-from maskdit_jax.seeds import LABEL_RULES, parse_integers
+from maskdit_jax.seeds import parse_integers, parse_labels
 from maskdit_jax.training.agreement import agree, check_same_folder, this_process
 from maskdit_jax.training.meta import WEIGHTS
 
@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 3,5,7-9")
     parser.add_argument(
         "--labels",
-        help="balanced (seed mod classes, the default), random (drawn from the seed), one class, or one for "
-        "each seed",
+        help="balanced (seed mod classes, the default), random (drawn from the seed), one class by number or "
+        "name, or one for each seed",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images of one call on each device")
     parser.add_argument("--weights", choices=WEIGHTS, default="ema")
@@ -74,9 +74,7 @@ def _sample(flags: argparse.Namespace) -> None:
     options = {name: value for name, value in options.items() if value is not None}
     if flags.guidance_interval is not None:
         options["guidance_interval"] = _parse_interval(flags.guidance_interval)
-    labels = flags.labels
-    if labels is not None and labels not in LABEL_RULES:
-        labels = parse_integers("--labels", labels)
+    labels = None if flags.labels is None else parse_labels(flags.labels, model.class_names)
     started = time.monotonic()
     about = write_samples(
         model,

@@ -42,7 +42,7 @@ def write_samples(
     model: Model,
     out: str | Path,
     seeds: ArrayLike,
-    labels: str | int | Sequence[int] | np.ndarray | None = None,
+    labels: str | int | Sequence[int] | Sequence[str] | np.ndarray | None = None,
     *,
     formats: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -61,7 +61,8 @@ def write_samples(
 
     Args:
       labels: "balanced" (the default: seed modulo the number of classes), "random" (drawn from the seed),
-        one class for all, or one for each seed; -1 = no class.
+        one class for all, or one for each seed, by number or by the names that `model.class_names` has;
+        -1 = no class.
       formats: of png, npz, grid; by default png and grid, of latents npz.
       batch_size: images of one call of the network on each device.
       weak: another model whose difference from `model` guides, as in `Model.sample`.

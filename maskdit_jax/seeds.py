@@ -1,10 +1,11 @@
 """Seeds and labels of samples: as texts, and by rules."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from maskdit_jax.errors import UserError, shown
+from maskdit_jax.errors import UserError, known, shown
 from maskdit_jax.sampling import MAX_SEED, Model
 
 LABEL_RULES = ("balanced", "random")
@@ -12,21 +13,39 @@ MAX_NUMBERS = 10_000_000  # of one text: 80 MB of them
 
 
 def choose_labels(
-    model: Model, seeds: np.ndarray, labels: str | int | Sequence[int] | np.ndarray | None
+    model: Model, seeds: np.ndarray, labels: str | int | Sequence[int] | Sequence[str] | np.ndarray | None
 ) -> tuple[str, np.ndarray]:
     """Name of the rule, and a label [n] int32 for each seed [n]; see `write_samples`."""
     num_classes = model.shape.num_classes
-    if isinstance(labels, str) and labels not in LABEL_RULES:
-        raise UserError(f"labels={shown(labels)}: expected {', '.join(LABEL_RULES)}, a class or one for each")
-    if labels is None or isinstance(labels, str):
-        if labels == "random" and num_classes:
-            drawn = [np.random.default_rng([int(seed)]).integers(num_classes) for seed in seeds]
-            return "random", model.check_labels(seeds, drawn)
+    by_rule = labels is None or (isinstance(labels, str) and labels in LABEL_RULES)
+    if by_rule and labels == "random" and num_classes:
+        drawn = [np.random.default_rng([int(seed)]).integers(num_classes) for seed in seeds]
+        return "random", model.check_labels(seeds, drawn)
+    if by_rule:
         return ("balanced" if num_classes else "none"), model.check_labels(seeds, None)
-    array = np.asarray(labels, np.int64).reshape(-1)
-    if len(array) == 1:
-        return f"class {array[0]}", model.check_labels(seeds, np.repeat(array, len(seeds)))
-    return "given", model.check_labels(seeds, array)
+    if isinstance(labels, str) and labels not in model.class_names:
+        rules = f"expected {', '.join(LABEL_RULES)}, a class by number or name, or one for each seed"
+        names = f"; the model knows {known(labels, model.class_names)}" if model.class_names else ""
+        raise UserError(f"labels={shown(labels)}: {rules}{names}")
+    numbers = model.label_numbers(labels).reshape(-1)
+    if len(numbers) == 1:
+        return f"class {numbers[0]}", model.check_labels(seeds, numbers[0])
+    return "given", model.check_labels(seeds, numbers)
+
+
+def parse_labels(text: str, class_names: Sequence[str]) -> str | np.ndarray | list[str]:
+    """What `choose_labels` takes, of a text: a rule, numbers such as "3,5,7-9", or names of classes.
+
+    A number is one, also where a class has it for a name.
+
+    Raises:
+      UserError: numbers that are none.
+    """
+    if text in LABEL_RULES:
+        return text
+    if re.fullmatch(r"[-0-9, ]*", text, re.ASCII):
+        return parse_integers("--labels", text)
+    return text if text in class_names or "," not in text else text.split(",")
 
 
 def as_ranges(seeds: np.ndarray) -> str:

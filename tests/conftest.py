@@ -99,6 +99,25 @@ def run(finished):
     return finished[0]
 
 
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A small autoencoder of the published kind: 8 times smaller latents of four channels."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    path = tmp_path_factory.mktemp("vae") / "small"
+    model.save_pretrained(path)
+    return path
+
+
 MATRIX = pytest.StashKey[list]()
 
 

@@ -212,19 +212,18 @@ def test_seed_and_label_decide_the_image(model):
 
 
 def test_unconditional_model_ignores_cfg_scale(unconditional, noisy):
-    x, sigma, labels = noisy
+    x, sigma, _ = noisy
     assert unconditional.sampler_options(cfg_scale=4.0).cfg_scale == 1
     assert unconditional.nfe(cfg_scale=4.0, **QUICK) == QUICK["num_steps"]
     plain = unconditional.sample([1, 2], batch_size=2, cfg_scale=1.0, **QUICK)
     np.testing.assert_array_equal(unconditional.sample([1, 2], batch_size=2, cfg_scale=4.0, **QUICK), plain)
-    np.testing.assert_allclose(
-        unconditional(x, sigma, labels, cfg_scale=4.0), unconditional(x, sigma, labels), rtol=1e-4, atol=1e-5
-    )
+    guided = unconditional(x, sigma, cfg_scale=4.0)
+    np.testing.assert_allclose(guided, unconditional(x, sigma), rtol=1e-4, atol=1e-5)
 
 
 def test_unconditional_model_knows_no_class_only(unconditional):
     assert unconditional.check_labels([5, 6], None).tolist() == [-1, -1]
-    with pytest.raises(UserError, match="labels 0 … 0"):
+    with pytest.raises(UserError, match="labels 0 … 0: the model knows -1, no class, only"):
         unconditional.sample([5], [0])
 
 
@@ -247,6 +246,11 @@ def test_unconditional_model_knows_no_class_only(unconditional):
         ({"seeds": [0, -1]}, ["seeds", "from 0 to 4294967295"]),
         ({"seeds": [0, 2**32]}, ["seeds", "from 0 to 4294967295"]),
         ({"seeds": []}, ["seeds", "one or more"]),
+        ({"seeds": [0.5, 1]}, ["seeds=[0.5, 1]", "whole numbers"]),
+        ({"labels": [1.0, 2.0]}, ["labels=[1.0, 2.0]", "whole numbers"]),
+        ({"labels": [True, False]}, ["labels=[True, False]", "whole numbers"]),
+        ({"labels": 10}, ["labels 10 … 10", "0 … 9"]),
+        ({"labels": "cat"}, ["labels", "'cat' is unknown", "none by name"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -257,3 +261,57 @@ def test_what_does_not_exist_is_refused_by_name(model, call, named):
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+def named(model: Model) -> Model:
+    """The same model of data whose classes have names."""
+    model = copy.copy(model)
+    model.class_names = tuple("zero one two three four five six seven eight nine".split())
+    return model
+
+
+def test_one_value_stands_for_all_and_names_for_numbers(model, noisy):
+    x, _, _ = noisy
+    expected = model(x, jnp.full(4, 0.4), jnp.full(4, 3))
+    for labels in (3, "three", ["three"] * 4, np.int8(3)):
+        np.testing.assert_array_equal(named(model)(x, 0.4, labels), expected)
+    np.testing.assert_array_equal(model(x, 0.4), model(x, 0.4, [-1] * 4))
+    in_a_program = jax.jit(lambda x, sigma: model(x, sigma, 3))(x, 0.4)
+    np.testing.assert_allclose(in_a_program, expected, rtol=1e-4, atol=1e-5)
+    assert named(model).check_labels([5, 6], "seven").tolist() == [7, 7]
+    assert model.check_labels([5, 6], 7).tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "labels", "message"),
+    [
+        ([0.4, 0.0, 1, 1], 3, "sigma=.*above 0"),
+        (-1, 3, "sigma=-1: .*above 0"),
+        (float("nan"), 3, "sigma=nan: .*above 0"),
+        ("low", 3, "sigma=low: .*above 0"),
+        ([0.4, 0.4], 3, r"sigma has shape \[2\], expected \[4\] or one for all"),
+        (0.4, [3, 3, 3], r"labels has shape \[3\], expected \[4\]"),
+        (0.4, 10, "labels 10 … 10: the model knows 0 … 9"),
+        (0.4, 0.5, "labels=0.5: expected whole numbers"),
+        (0.4, "tree", "the class 'tree' is unknown; known: three"),
+    ],
+)
+def test_what_cannot_be_denoised_is_refused(model, noisy, sigma, labels, message):
+    with pytest.raises(UserError, match=message):
+        named(model)(noisy[0], sigma, labels)
+    with pytest.raises(UserError, match=r"x has shape \[8, 8, 1\], expected \['B', 8, 8, 1\]"):
+        model(noisy[0][0], 0.4)
+
+
+def test_a_model_says_what_it_is(model, unconditional):
+    assert repr(model) == (
+        "Model(DiT of 1 block of width 32, 30,916 parameters, pixels [8, 8, 1], 10 classes, float32)"
+    )
+    assert "unconditional" in repr(unconditional)
+
+
+def test_progress_is_a_bar_on_standard_error(model, capsys):
+    model.sample(SEEDS[:8], batch_size=4, progress=True, **QUICK)
+    assert "2/2" in capsys.readouterr().err
+    model.sample(SEEDS[:4], batch_size=4, **QUICK)
+    assert capsys.readouterr().err == ""

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL as TorchAutoencoder
 from PIL import Image
 
 from maskdit_jax import Autoencoder, load_autoencoder
@@ -30,22 +28,6 @@ from maskdit_jax.log import log
 
 ROOT = Path(__file__).parent.parent
 RESOLUTION = 32
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    """A small autoencoder of the published kind: 8 times smaller latents of four channels."""
-    torch.manual_seed(0)
-    model = TorchAutoencoder(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-    )
-    path = tmp_path_factory.mktemp("vae") / "small"
-    model.save_pretrained(path)
-    return path
 
 
 def jpeg(rng: np.random.Generator, height: int = 40, width: int = 56) -> bytes:

@@ -1,14 +1,20 @@
 """Starting from other weights: which of them, and what is made anew or interpolated, and what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_case import Case
 from PIL import Image
-from tiny import refusal, restored, tiny_flags
+from tiny import ROOT, TINY, refusal, restored, tiny_flags
 
-from maskdit_jax import main
+import maskdit_jax
+from maskdit_jax import UserError, main
 from maskdit_jax.config_file import load
+from maskdit_jax.data.encoding import Encoding, encode_images
+from maskdit_jax.data.image_sets import open_image_set
 from maskdit_jax.training.init_from import adapt
 
 # The recipes of ImageNet, cut down to the digits.
@@ -85,11 +91,11 @@ def test_another_network_is_refused_by_the_name_of_the_option(pretrained, tmp_pa
     assert "method.name=maskdm here, maskdit there" in refusal(capsys, main.main, flags)
 
 
-def image_folder(folder, classes):
+def image_folder(folder, classes, side=16):
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
         for number in range(3):
-            pixels = np.random.default_rng([label, number]).integers(0, 256, (16, 16, 3), np.uint8)
+            pixels = np.random.default_rng([label, number]).integers(0, 256, (side, side, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
     return {"data.source": f"folder:{folder}", "data.channels": 3, "data.num_classes": classes}
 
@@ -113,6 +119,59 @@ def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
     assert new["label_embedding"].pop("table").shape == (3, 32)
     del old["label_embedding"]["table"], new["positions"]["table"]
     jax.tree.map(assert_the_same, new, old)
+    model = maskdit_jax.load(tmp_path / "tuned")
+    assert model.class_names == ("class0", "class1", "class2")
+    assert model.sample([0], "class2", num_steps=1).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.slow
+def test_published_weights_of_1000_classes_are_tuned_to_three_and_to_another_resolution(
+    vae, tmp_path, capsys, monkeypatch
+):
+    """Golden weights of a MaskDiT-S/2, of each stack two blocks; latents of a folder of images."""
+    beyond = re.compile(r"blocks\.([2-9]|\d\d)\.")
+    tensors = {k: x for k, x in Case("maskdit_s2_32").tensors().items() if not beyond.search(k)}
+    maskdit_jax.import_torch(tensors, tmp_path / "imported", num_classes=1000, num_heads=6)
+    old = maskdit_jax.load(tmp_path / "imported").params
+    images = image_folder(tmp_path / "three", 3, side=40)["data.source"]
+    autoencoder = maskdit_jax.load_autoencoder(vae)
+    data, run = tmp_path / "latents", tmp_path / "tuned"
+    how = Encoding(128, batch_size=3)
+    encode_images(open_image_set(images), autoencoder, data, how, source=images)
+    monkeypatch.chdir(vae.parent)
+    options = {
+        "data.source": f"latents:{data}",
+        "data.image_size": 16,
+        "data.num_classes": 3,
+        "method.network.size": "S/2",
+        "method.network.depth": 2,
+        "method.network.decoder_depth": 2,
+        "compute.precision": "float32",
+        "init_from": str(tmp_path / "imported"),
+        "vae": vae.name,  # relative: found from elsewhere too
+        "training.num_steps": 2,
+        "training.batch_size": 8,
+        "report.preview_rows": 1,
+        "optimizer.learning_rate": 1e-30,
+    }
+    file = f"--config={ROOT / 'configs/in256_tune.py'}"
+    flags = [f"--config.{name}={value}" for name, value in (TINY | options).items()]
+    main.main([f"--workdir={run}", file, *flags])
+    said = capsys.readouterr().out
+    assert "init_from: data.image_size=16 here, 32 there" in said
+    assert "init_from: label_embedding.table [3, 384] is made anew: the classes are others" in said
+    assert "init_from: 35 of 36 arrays, " in said
+    monkeypatch.chdir(tmp_path)
+    model = maskdit_jax.load(run)
+    kept = dict(model.params)
+    assert kept.pop("label_embedding")["table"].shape == (3, 384)
+    jax.tree.map(assert_the_same, kept, {name: old[name] for name in kept})
+    assert model.class_names == ("class0", "class1", "class2")
+    assert model.sample([0], "class2", num_steps=1).shape == (1, 128, 128, 3)
+    vae.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"no autoencoder in .*: give another place of it as vae"):
+        maskdit_jax.load(run)
+    (tmp_path / "moved").rename(vae)
 
 
 def test_interpolated_positions_keep_a_linear_table_linear_and_classes_may_go():

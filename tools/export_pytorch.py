@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run, or an import → weights for PyTorch, with a card and a config.json."""
+"""A checkpoint of a run, or an import → weights for PyTorch, with a card and a config.json."""
 
 from pathlib import Path
 
@@ -16,10 +16,11 @@ def main() -> None:
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="ema", help="for .safetensors; a .pt file holds both"
     )
+    parser.add_argument("--step", type=int, help="of the run's checkpoints; default: the newest")
     flags = parser.parse_args()
     log_to_stdout()
     with one_line_errors():
-        export_torch(load(flags.workdir, flags.weights, vae=""), flags.out)
+        export_torch(load(flags.workdir, flags.weights, step=flags.step, vae=""), flags.out)
 
 
 if __name__ == "__main__":

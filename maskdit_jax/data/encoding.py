@@ -90,7 +90,12 @@ def encode_images(
         )
         return
     stats = finish_shards(
-        out, reports, num_classes=len(images.classes), latent_scale=autoencoder.latent_scale, about=about
+        out,
+        reports,
+        num_classes=len(images.classes),
+        latent_scale=autoencoder.latent_scale,
+        about=about,
+        class_names=images.classes,
     )
     log.info(
         f"encoded {counted(stats['num_images'], 'image')}, each with its mirror image, to {printable(out)}: "

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskdit_jax.data.codec import LOGVAR_RANGE
-from maskdit_jax.errors import UserError
+from maskdit_jax.errors import UserError, shown
 from maskdit_jax.files import appears_whole, read_json
 
 METADATA, STATS = "metadata.json", "stats.json"
@@ -116,10 +116,12 @@ def finish_shards(
     num_classes: int,
     latent_scale: float,
     about: dict[str, Any],
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `stats.json` and then `metadata.json`, which makes the folder a data set; the statistics.
 
-    `about` says where the moments are from; it stands in both files. Empty shards are left out.
+    class_names: of the classes 0, 1, …, where they have names. `about` says where the moments are from; it
+    stands in both files. Empty shards are left out.
     """
     reports = [report for report in reports if report["num_records"]]
     if not reports:
@@ -165,6 +167,7 @@ def finish_shards(
         "dtype": moments.dtype.name,
         "moments": "mean, logvar",
         "shards": [{name: report[name] for name in ("name", "num_records")} for report in reports],
+        "class_names": list(class_names),
         **about,
     }
     for name, content in ((STATS, stats), (METADATA, metadata)):
@@ -188,6 +191,10 @@ def open_shards(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
     metadata = read_json(path / METADATA)
     listed, item_shape = _check_metadata(path / METADATA, metadata)
     dtype, num_classes = metadata["dtype"], metadata["num_classes"]
+    try:
+        metadata["class_names"] = checked_class_names(metadata.get("class_names", []), num_classes)
+    except UserError as error:
+        raise UserError(f"{path / METADATA} is damaged: {error}") from None
     metadata["stats"] = read_json(path / STATS) if (path / STATS).exists() else {}
     rms = metadata["stats"].get("raw_latents_rms")
     if rms is not None and not isinstance(rms, float):
@@ -246,6 +253,18 @@ def _check_metadata(file: Path, metadata: dict[str, Any]) -> tuple[dict[str, int
             raise UserError(f"{file} is damaged: it lists {name} twice")
         listed[name] = whole(shard, "num_records", 1)
     return listed, (views, side, side, 2 * channels)
+
+
+def checked_class_names(names: Any, num_classes: int) -> tuple[str, ...]:
+    """Names of classes as a file has them: none, or one for each.
+
+    Raises:
+      UserError: they are something else.
+    """
+    texts = isinstance(names, list) and all(isinstance(name, str) and len(name) <= 1000 for name in names)
+    if not texts or len(names) not in (0, num_classes):
+        raise UserError(f"class_names={shown(names)}, expected a name for each of {num_classes} classes")
+    return tuple(names)
 
 
 def load_array(file: Path) -> np.ndarray:

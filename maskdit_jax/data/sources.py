@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,10 +19,14 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """A data set with random access; rms is that of its latents before they are scaled, if it knows."""
+    """A data set with random access; rms is that of its latents before they are scaled, if it knows.
+
+    class_names: of the labels 0, 1, …; empty where classes have none, or there are no classes.
+    """
 
     shape: Shape
     rms: float | None
+    class_names: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -42,6 +46,7 @@ class Digits:
 
     shape = Shape(image_size=8, channels=1, num_classes=10)
     rms: float | None = None
+    class_names: Sequence[str] = ()
 
     def __init__(self, split: str = "train", classes: Collection[int] = range(10), count: int = 0):
         images, labels = _load_digits()
@@ -81,6 +86,7 @@ class LatentShards:
         metadata, shards = open_shards(folder)
         self.shape = Shape(*(metadata[name] for name in Shape._fields))
         self.rms = metadata["stats"].get("raw_latents_rms")
+        self.class_names = metadata["class_names"]
         self._moments = [shard.moments for shard in shards]
         self._labels = np.concatenate([shard.labels for shard in shards])
         self._starts = np.cumsum([0] + [len(shard.labels) for shard in shards])
@@ -111,6 +117,7 @@ class Pixels:
         self._images, self._size, self._seed = images, image_size, seed
         self._flip, self._max_zoom = flip, max_zoom
         self.shape = Shape(image_size, 3, len(images.classes))
+        self.class_names: Sequence[str] = images.classes
 
     def __len__(self) -> int:
         return len(self._images)

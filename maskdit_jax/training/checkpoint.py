@@ -157,6 +157,22 @@ class Checkpoints:
             raise UserError(f"the only checkpoint in {self.folder}, step {steps[0]:,}, cannot be read")
         raise UserError(f"none of the {len(steps)} checkpoints in {self.folder} can be read")
 
+    def healthy(
+        self, step: int | None, read: Callable[[int, dict[str, Any]], T]
+    ) -> tuple[int, dict[str, Any], T]:
+        """As `newest_healthy`, of that step alone where one is given.
+
+        Raises:
+          UserError: it is not there, it is damaged, or `read` raised it.
+        """
+        if step is None:
+            return self.newest_healthy(read)
+        if step not in self.steps:
+            kept = ", ".join(f"{kept:,}" for kept in self.steps)
+            raise UserError(f"step={step!r}: {self.folder.parent} holds the steps {kept}")
+        meta = self.meta(step)
+        return step, meta, read(step, meta)
+
     def meta(self, step: int) -> dict[str, Any]:
         """What a step says of itself.
 

@@ -40,14 +40,15 @@ def start_from(config: ConfigDict, training: Training) -> TrainState:
         wanted = WEIGHTS if chosen == "both" else (chosen,)
         return {name: checkpoints.restore_weights(step, meta, name, training.mesh) for name in wanted}
 
-    step, _, sets = checkpoints.newest_healthy(restore)
+    step, _, sets = checkpoints.healthy(config.init_step or None, restore)
     checkpoints.close()
     if _shapes(next(iter(sets.values()))) != _shapes(training.state_shapes.params):
         fresh = training.start(None).params
         notes: list[str] = []
-        sets = {name: adapt(params, fresh, notes) for name, params in sets.items()}
+        old, sets = sets, {name: adapt(params, fresh, notes) for name, params in sets.items()}
         for note in dict.fromkeys(notes):
             log.info(note)
+        log.info(_kept(*(_shapes(next(iter(x.values()))) for x in (old, sets))))
     state = training.start(sets["params" if chosen == "both" else chosen])
     if chosen == "both":
         state = state._replace(ema={EMA: sets["ema"]})
@@ -122,6 +123,13 @@ def _interpolated(table: jax.Array, old_side: int, new_side: int) -> jax.Array:
 
 def _name(path: tuple) -> str:
     return ".".join(str(key.key) for key in path)
+
+
+def _kept(old: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]]) -> str:
+    """What `adapt` took as it was."""
+    kept = [name for name, shape in new.items() if old.get(name) == shape]
+    values = sum(math.prod(new[name]) for name in kept)
+    return f"init_from: {len(kept)} of {len(new)} arrays, {values:,} values, are kept as they are"
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,12 @@ def _train(
     items = begun.items
 
     def meta():
-        return {"config": config.to_dict(), "items_consumed": items, "seconds": trained()}
+        return {
+            "config": config.to_dict(),
+            "class_names": list(source.class_names) if config.data.num_classes else [],
+            "items_consumed": items,
+            "seconds": trained(),
+        }
 
     def save():
         nonlocal saved_step

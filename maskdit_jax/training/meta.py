@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from maskdit_jax.data.shards import checked_class_names
 from maskdit_jax.errors import UserError, shown
 from maskdit_jax.saved_config import saved_config
 
@@ -21,6 +22,7 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     meta = meta | {"config": saved_config(meta.get("config")).to_dict()}
     if not meta["digests"].keys() & WEIGHTS.values():
         raise UserError("it has digests of no weights")
+    checked_class_names(meta.get("class_names", []), meta["config"]["data"]["num_classes"])
     if "imported_from" in meta:
         return meta
     items, seconds = meta.get("items_consumed"), meta.get("seconds")
