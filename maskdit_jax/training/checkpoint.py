@@ -245,6 +245,7 @@ class Checkpoints:
         line = ""
         if jax.process_index() == 0:
             with contextlib.suppress(Exception):  # Orbax raises anything of a damaged one; `_read` said so
+                _check_files(self.folder / str(step) / item)
                 there = _shapes(ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / item).tree)
                 here = _shapes(shapes)
                 name = next(name for name in {**here, **there} if here.get(name) != there.get(name))
