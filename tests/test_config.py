@@ -419,7 +419,7 @@ MAY_BE_0 = """
     checkpoint.keep_every_steps report.preview_steps
     sampling.cfg_scale sampling.guided_channels sampling.eta
     sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
-    evaluation.num_samples evaluation.every_steps
+    evaluation.num_samples evaluation.every_steps init_step
 """.split()
 
 
