@@ -19,6 +19,14 @@ setup(
     # The recipes stand at the top of the repository, and travel inside the package.
     packages=[*find_packages(include=["maskdit_jax", "maskdit_jax.*"]), "maskdit_jax.configs"],
     package_dir={"maskdit_jax.configs": "configs"},
+    package_data={"maskdit_jax": ["py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "maskdit-train = maskdit_jax.main:main",
+            "maskdit-sample = maskdit_jax.sample:main",
+            "maskdit-doctor = maskdit_jax.doctor:main",
+        ]
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -1,4 +1,8 @@
-"""What a run will need, checked before it starts: a line for each thing, with a remedy where it fails."""
+"""What a run will need, checked before it starts: packages, devices, processes, data, disk.
+
+A line for each thing, with a remedy where it fails. With several processes each runs the same command, with
+the flags that it will have in the run.
+"""
 
 import argparse
 import contextlib
@@ -13,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,10 +27,10 @@ import numpy as np
 from maskdit_jax.config import ConfigDict, resolve
 from maskdit_jax.config_file import load
 from maskdit_jax.distributed import mesh
-from maskdit_jax.distributed.hosts import GPU_REMEDY, everywhere, joined
+from maskdit_jax.distributed.hosts import GPU_REMEDY, add_flags, everywhere, joined
 from maskdit_jax.distributed.peers import Peers, end_process
-from maskdit_jax.errors import UserError, first_line
-from maskdit_jax.log import counted, log
+from maskdit_jax.errors import Parser, UserError, first_line
+from maskdit_jax.log import counted, log, log_to_stdout
 from maskdit_jax.training.agreement import (
     agree,
     check_same_folder,
@@ -262,3 +267,20 @@ def _memory() -> list[dict[str, int]]:
     """Statistics of the devices of this process that keep any."""
     all_stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return [stats for stats in all_stats if "bytes_limit" in stats]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse flags, make the checks."""
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--config", help="file, or a recipe such as digits; default: no configuration is checked"
+    )
+    parser.add_argument("--workdir", type=Path, help="folder of the run; default: no folder is checked")
+    add_flags(parser)
+    parser.set_defaults(connect_timeout=60)
+    parser.epilog = "--config.section.key=value overrides an option of the configuration."
+    flags, overrides = parser.parse_known_args(arguments)
+    if overrides and not flags.config:
+        parser.error(f"unknown flag {overrides[0]}")
+    log_to_stdout()
+    diagnose(flags, overrides)

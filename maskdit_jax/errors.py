@@ -5,7 +5,7 @@ import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -52,8 +52,23 @@ def shown(value: object, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+class _Help(argparse.HelpFormatter):
+    """The default of a flag behind its help, where it has one and its help does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        words = action.help or ""
+        nothing = (
+            action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
+        )
+        return words if nothing or "default" in words else f"{words} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """Flags of a command, refused in one line."""
+    """Flags of a command, refused in one line; --help shows their defaults."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.formatter_class = _Help
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists the flags\n")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from maskdit_jax.allocator import keep_memory
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation import certify
 from maskdit_jax.evaluation.features import inception
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     log_to_stdout()
     keep_memory()
     with one_line_errors():
+        check_devices()
         if not 1 <= flags.batch_size <= MAX_BATCH_SIZE:
             raise UserError(f"--batch_size={flags.batch_size}: expected 1 … {MAX_BATCH_SIZE:,}")
         if flags.certify is not None:

@@ -23,14 +23,17 @@ from maskdit_jax.training.loop import open_configured_source, train
 def main(arguments: list[str] | None = None) -> None:
     """Parse flags, train, finish."""
     parser = Parser("python -m maskdit_jax.main", description=__doc__)
-    parser.add_argument("--config", required=True, help="file such as configs/digits.py")
+    parser.add_argument("--config", required=True, help="file, or a recipe such as digits")
     parser.add_argument("--workdir", type=Path, help="folder of the run")
     parser.add_argument("--list_options", action="store_true", help="list the options of --config, and end")
     parser.add_argument(
         "--allow_changes", action="store_true", help="go on with options that make it another run"
     )
     add_flags(parser)
-    parser.epilog = "--config.section.key=value overrides an option; --list_options lists them all."
+    parser.epilog = (
+        "--config.section.key=value overrides an option. --config=digits --list_options lists all options of "
+        "a recipe with their values, units and ranges."
+    )
     flags, overrides = parser.parse_known_args(arguments)
     log_to_stdout()
     if flags.list_options:

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         "name, or one for each seed",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images of one call on each device")
-    parser.add_argument("--weights", choices=WEIGHTS, default="ema")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="the EMA, or the raw weights")
     parser.add_argument("--step", type=int, help="of the run's checkpoints; default: the newest")
     parser.add_argument(
         "--weak", help="run folder of the model to guide away from, in place of no class (autoguidance)"

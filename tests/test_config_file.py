@@ -204,7 +204,7 @@ def test_whole_number_is_taken_where_a_number_is_meant(tmp_path):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_wheel_trains_without_the_checkout(tmp_path):
-    """`pip wheel .`, installed into an environment without the checkout, used from an empty folder."""
+    """`pip wheel .`, installed into an environment without the checkout: its commands, in an empty folder."""
     root, tree, work = RECIPES.parent, tmp_path / "tree", tmp_path / "work"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -235,17 +235,14 @@ def test_wheel_trains_without_the_checkout(tmp_path):
     """)
     )
     short = ["--config.training.num_steps=3", "--config.evaluation.num_samples=0"]
-    for config in ("configs/digits.py", "mine.py"):
-        out = run(
-            python,
-            "-m",
-            "maskdit_jax.main",
-            f"--config={config}",
-            f"--workdir=runs/{config}",
-            *short,
-            cwd=work,
-        )
-        assert "finished at step 3" in out
+    commands = tmp_path / "venv" / "bin"
+    for config in ("digits", "mine.py"):
+        train = (commands / "maskdit-train", f"--config={config}", f"--workdir=runs/{config}", *short)
+        assert "finished at step 3" in run(*train, cwd=work)
+    sample = (commands / "maskdit-sample", "--workdir=runs/digits", "--out=samples", "--seeds=0-1")
+    assert "2 samples of step 3" in run(*sample, cwd=work)
+    assert "checks passed" in run(commands / "maskdit-doctor", cwd=work)
+    assert (site / "maskdit_jax" / "py.typed").is_file()
 
 
 def run(*command, cwd=None) -> str:

@@ -1,5 +1,6 @@
 """tools/doctor.py as a user runs it: alone, in two processes, and with something wrong in one of them."""
 
+import importlib.util
 import os
 import re
 import runpy
@@ -162,10 +163,13 @@ def test_collective_that_another_process_does_not_join_ends_in_time():
 
 
 @pytest.mark.processes
-def test_device_that_does_not_start_is_one_line_with_the_remedy():
-    code, _, error = end(start([], platform="abacus"))
+@pytest.mark.parametrize("platform", ["abacus", "cuda"])
+def test_device_that_does_not_start_is_one_line_with_the_remedy(platform):
+    if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
+        pytest.skip("its plugin is installed")
+    code, _, error = end(start([], platform=platform))
     assert code == 2
-    assert error.startswith("error: JAX finds no devices with JAX_PLATFORMS=abacus: ")
+    assert error.startswith(f"error: JAX finds no devices with JAX_PLATFORMS={platform}: ")
     assert "pip install '.[cuda12]'" in error
     assert len(error.splitlines()) == 1
 

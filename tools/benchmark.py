@@ -11,13 +11,14 @@ from maskdit_jax.benchmark.against_torch import FORMS, compare_with_torch, descr
 from maskdit_jax.benchmark.step import benchmark, compile_step, describe_program
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.training.build import build
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, help="file such as configs/digits.py")
     parser.add_argument("--batch", type=int, help="items per step; default: the config's")
     parser.add_argument("--blocks", type=int, default=5, help="blocks timed; the median counts")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
@@ -57,6 +58,7 @@ def measure(flags: Any, overrides: list[str]) -> tuple[dict[str, Any], str]:
             flags.config, overrides, batch=flags.batch, forms=forms, rounds=flags.blocks, steps=flags.steps
         )
         return result, describe_comparison(result)
+    check_devices()
     config = load(flags.config, overrides)
     if flags.batch is not None:
         config.training.batch_size = flags.batch

@@ -8,6 +8,7 @@ from maskdit_jax.api import load
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.sources import Digits, parse_digits
 from maskdit_jax.diffusion.solvers import MAX_STEPS
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation.solver_comparison import compare_solvers
 from maskdit_jax.files import appears_whole
@@ -20,7 +21,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="of its checkpoints; default: the newest")
-    parser.add_argument("--solvers", default="heun,euler,dpmpp_2m")
+    parser.add_argument("--solvers", default="heun,euler,dpmpp_2m", help="with commas between them")
     parser.add_argument("--calls", default="8,12,16,20,28,40,56,79", help="network calls, at most")
     parser.add_argument("--seeds", type=int, default=256, help="of the distance")
     parser.add_argument("--frechet", type=int, default=0, help="samples of the Fréchet distance; 0: none")
@@ -32,6 +33,7 @@ def main() -> None:
     log_to_stdout()
     keep_memory()
     with one_line_errors():
+        check_devices()
         for name, least in (("seeds", 1), ("frechet", 0), ("batch_size", 1)):
             if getattr(flags, name) < least:
                 raise UserError(f"--{name}={getattr(flags, name)} must be at least {least}")

@@ -6,6 +6,7 @@ from maskdit_jax.allocator import keep_memory
 from maskdit_jax.data.encoding import DTYPES, Encoding, encode_images
 from maskdit_jax.data.image_sets import open_image_set
 from maskdit_jax.data.vae import load_autoencoder
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.log import log_to_stdout
 from maskdit_jax.models.compute import PRECISIONS
@@ -29,6 +30,7 @@ def main() -> None:
     log_to_stdout()
     keep_memory()
     with one_line_errors():
+        check_devices()
         how = {name: getattr(flags, name) for name in Encoding._fields if name != "part"}
         encoding = Encoding(**how, part=_parse_part(flags.part))
         autoencoder = load_autoencoder(flags.vae, flags.precision)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from maskdit_jax.api import load
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.exchange import export_torch
 from maskdit_jax.log import log_to_stdout
@@ -20,6 +21,7 @@ def main() -> None:
     flags = parser.parse_args()
     log_to_stdout()
     with one_line_errors():
+        check_devices()
         export_torch(load(flags.workdir, flags.weights, step=flags.step, vae=""), flags.out)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.exchange import import_torch
 from maskdit_jax.log import log_to_stdout
@@ -19,6 +20,7 @@ def main() -> None:
     flags = vars(parser.parse_args())
     log_to_stdout()
     with one_line_errors():
+        check_devices()
         import_torch(flags.pop("input"), flags.pop("out"), **flags)
 
 

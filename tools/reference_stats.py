@@ -4,6 +4,7 @@ from pathlib import Path
 
 from maskdit_jax.allocator import keep_memory
 from maskdit_jax.config import FEATURES
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, one_line_errors
 from maskdit_jax.evaluation.reference_stats import save_reference
 from maskdit_jax.log import log_to_stdout
@@ -27,6 +28,7 @@ def main() -> None:
     log_to_stdout()
     keep_memory()
     with one_line_errors():
+        check_devices()
         save_reference(**vars(flags))
 
 

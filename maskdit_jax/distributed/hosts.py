@@ -71,14 +71,14 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     with one_line_errors():
         several = _initialize(flags)
         if not several:
-            _check_devices()
+            check_devices()
             yield Peers({}, flags.peer_timeout, flags.stall_timeout)
             return
     code: str | int | None = 0
     others = Peers({}, flags.peer_timeout, flags.stall_timeout)
     try:
         with one_line_errors():
-            _check_devices()
+            check_devices()
             others = _connect(flags)
             try:
                 yield others
@@ -103,14 +103,18 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     sys.exit(code)
 
 
-def _check_devices() -> None:
+def check_devices() -> None:
+    """Start JAX's devices.
+
+    Raises:
+      UserError: there are none of the kind that is asked for, or JAX lacks what drives them.
+    """
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is not installed
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        raise UserError(
-            f"JAX finds no devices with {asked}: {first_line(error)}; for NVIDIA GPUs {GPU_REMEDY}"
-        ) from error
+        why = "its plugin is not installed" if isinstance(error, AssertionError) else first_line(error)
+        raise UserError(f"JAX finds no devices with {asked}: {why}; for NVIDIA GPUs {GPU_REMEDY}") from error
 
 
 def _initialize(flags: argparse.Namespace) -> bool:
