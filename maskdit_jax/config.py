@@ -65,6 +65,11 @@ class Data:
     max_zoom: float = option(
         1.0, "random short side of 1 … max_zoom · image_size, random crop; 1: centre crop", at_least=1
     )
+    max_unreadable: int = option(
+        100,
+        "images of folder: and tfds: that may be damaged; the next one stands in place of each",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)

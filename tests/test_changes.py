@@ -38,6 +38,7 @@ CHANGES = {
     "evaluation.every_steps": (3, FREE),
     "sampling.cfg_scale": (3.0, FREE),
     "data.num_threads": (3, FREE),
+    "data.max_unreadable": (3, FREE),
 }
 
 

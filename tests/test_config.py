@@ -413,7 +413,7 @@ def test_negative_number_is_an_error(name):
 
 
 MAY_BE_0 = """
-    seed data.num_classes method.P_mean method.mae_coef method.label_dropout
+    seed data.num_classes data.max_unreadable method.P_mean method.mae_coef method.label_dropout
     method.mask_ratio method.mask_ratio_min method.mask_schedule_steps ema.decay
     optimizer.warmup_kimg optimizer.b1 optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data
     checkpoint.keep_every_steps report.preview_steps

@@ -268,11 +268,65 @@ def test_model_in_pixel_space_trains_on_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_training_stops_at_an_unreadable_image_with_its_name(tmp_path, capsys):
+def test_training_skips_an_unreadable_image_by_name_up_to_a_limit(tmp_path, capsys):
     write_images(tmp_path / "set", {"ant": 3, "bee": 5})
     (tmp_path / "set/bee/3.png").write_bytes(b"not an image")
+    flags = train_flags(tmp_path / "set", tmp_path / "run")
     with pytest.raises(SystemExit):
-        main.main(train_flags(tmp_path / "set", tmp_path / "run"))
+        main.main([*flags, "--config.data.max_unreadable=0"])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "bee/3.png: not a readable image" in error
     assert len(error.splitlines()) == 1
+    main.main(flags)
+    said = capsys.readouterr().out
+    assert said.count("warning: skipped ") == 1
+    assert "bee/3.png: not a readable image" in said
+    assert "finished at step 2" in said
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Seven images of two classes, the first three files of the second class no images."""
+    write_images(tmp_path, {"ant": 2, "bee": 5})
+    for name in ("0.png", "1.png", "4.png"):
+        (tmp_path / "bee" / name).write_bytes(b"not an image")
+    return tmp_path
+
+
+def damaged_batch(folder, items, limit=100, start=0):
+    shape = Shape(image_size=8, channels=3, num_classes=2)
+    source = open_source(f"folder:{folder}", shape, space="pixels", flip=True, max_unreadable=limit)
+    return source, source.read(np.array(items), np.arange(start, start + len(items)))
+
+
+def test_the_next_image_stands_in_for_an_unreadable_one(damaged, messages, caplog):
+    """The last one's next is the first; each is named once, however often it is drawn."""
+    source, batch = damaged_batch(damaged, [2, 3, 6, 2])
+    _, meant = damaged_batch(damaged, [4, 4, 0, 4])
+    assert np.array_equal(batch["clean"], meant["clean"])
+    assert batch["labels"].tolist() == meant["labels"].tolist() == [1, 1, 0, 1]
+    assert caplog.text.count("warning: skipped ") == 3
+    assert "bee/0.png: not a readable image" in caplog.text
+    assert "(3 so far, data.max_unreadable=100)" in caplog.text
+    # What was met before changes nothing: so a run that goes on, and another process, see the same.
+    _, again = damaged_batch(damaged, [6, 2], start=2)
+    assert np.array_equal(again["clean"], batch["clean"][2:])
+    assert len(source) == 7  # the order, and the position in it, are of all of them
+
+
+def test_too_many_unreadable_images_end_the_run_with_the_last_one(damaged):
+    damaged_batch(damaged, [2, 3], limit=2)
+    with pytest.raises(UserError, match=r"bee/4\.png: not a .*; 3 images cannot be decoded, more than data"):
+        damaged_batch(damaged, [2, 3, 6], limit=2)
+    for file in damaged.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 7 images can be decoded"):
+        damaged_batch(damaged, [0])
+
+
+def test_a_file_that_cannot_be_read_at_all_is_not_skipped(damaged):
+    """It may be there again tomorrow, and would then have changed the run."""
+    source, _ = damaged_batch(damaged, [4])
+    (damaged / "bee" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"bee/3\.png cannot be read: No such file"):
+        source.read(np.array([5]), np.array([0]))

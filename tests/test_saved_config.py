@@ -60,8 +60,9 @@ def test_run_of_the_old_layout_is_what_its_recipe_says_today():
     kept_since = {"checkpoint.keep_every_steps": 1_000}  # which steps are kept does not change the run
     assert found | kept_since == {name: wanted[name] for name in found}
     # What there was not has the default that says nothing, and is asked of no saved configuration.
-    later = "every_steps during_samples features inception reference keep_best"
-    assert set(wanted) - set(found) == {"init_weights", *(f"evaluation.{name}" for name in later.split())}
+    of_evaluation = "every_steps during_samples features inception reference keep_best"
+    later = {"init_weights", "init_step", "data.max_unreadable", "report.wandb"}
+    assert set(wanted) - set(found) == later | {f"evaluation.{name}" for name in of_evaluation.split()}
     assert evaluation_of(upgraded) == Evaluation(num_samples=1_437)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from maskdit_jax.data.images import MAX_FILE_BYTES, decode_image
+from maskdit_jax.data.images import MAX_FILE_BYTES, ImageError, decode_image
 from maskdit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class ImageSet(Protocol):
         """The decoded image, and its class, -1 when the set has none.
 
         Raises:
-          UserError: it cannot be decoded; the message names it.
+          ImageError: it cannot be decoded; the message names it.
+          UserError: it cannot be read.
         """
 
 
@@ -68,7 +69,7 @@ class Folder:
         file = self._files[index]
         try:
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
-                raise UserError(f"{file}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image")
+                raise ImageError(f"{file}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image")
             content = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from error

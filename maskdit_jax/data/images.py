@@ -25,6 +25,10 @@ MAX_FILE_BYTES = 2**29  # above what MAX_PIXELS take without compression
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
+class ImageError(UserError):
+    """A file that is there is no image that can be shown."""
+
+
 @functools.cache
 def _pillow() -> ModuleType:
     from PIL import Image  # the core of the package runs without Pillow
@@ -46,7 +50,7 @@ def decode_image(content: bytes, name: str, *, upright: bool = True) -> "Image":
     ImageNet without turning.
 
     Raises:
-      UserError: damaged, animated, too small, too large or too narrow (checked before it is decoded).
+      ImageError: damaged, animated, too small, too large or too narrow (checked before it is decoded).
     """
     from PIL import UnidentifiedImageError
 
@@ -66,22 +70,22 @@ def decode_image(content: bytes, name: str, *, upright: bool = True) -> "Image":
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
+        raise ImageError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise many kinds
-        raise UserError(f"{name}: not a readable image ({first_line(error, 150)})") from error
+        raise ImageError(f"{name}: not a readable image ({first_line(error, 150)})") from error
 
 
 def _check(image: "Image", name: str) -> None:
     """What the header of a file says."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
+        raise ImageError(f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
     if min(width, height) < MIN_SIDE:
-        raise UserError(f"{name}: {width}×{height} pixels, fewer than {MIN_SIDE} on a side")
+        raise ImageError(f"{name}: {width}×{height} pixels, fewer than {MIN_SIDE} on a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(f"{name}: {width}×{height} pixels, one side more than {MAX_ASPECT} times the other")
+        raise ImageError(f"{name}: {width}×{height} pixels, one side more than {MAX_ASPECT} times the other")
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise UserError(f"{name}: animated; expected one image")
+        raise ImageError(f"{name}: animated; expected one image")
 
 
 def _turned(image: "Image") -> "Image":

@@ -2,16 +2,21 @@
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from maskdit_jax.data.image_sets import ImageSet, open_image_set
-from maskdit_jax.data.images import centre_square, random_square, to_float
+from maskdit_jax.data.images import ImageError, centre_square, random_square, to_float
 from maskdit_jax.data.shards import open_shards
 from maskdit_jax.errors import UserError
+from maskdit_jax.log import counted, log
 from maskdit_jax.methods.method import Shape
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NUM_HELD_OUT_DIGITS = 360
 
@@ -109,13 +114,30 @@ class LatentShards:
 
 
 class Pixels:
-    """Images of an `ImageSet` as the model sees them: square, in [-1, 1], at random flipped and zoomed."""
+    """Images of an `ImageSet` as the model sees them: square, in [-1, 1], at random flipped and zoomed.
+
+    max_unreadable: images of which each that cannot be decoded is named, and the next one of the set stands
+    in its place. Which one is a function of the data alone, so it is the same in every process, every epoch
+    and after every restart. What cannot be read at all, of a disk that fails perhaps, ends the run instead.
+    """
 
     rms: float | None = None
 
-    def __init__(self, images: ImageSet, *, image_size: int, seed: int, flip: bool, max_zoom: float):
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        image_size: int,
+        seed: int,
+        flip: bool,
+        max_zoom: float,
+        max_unreadable: int = 0,
+    ):
         self._images, self._size, self._seed = images, image_size, seed
         self._flip, self._max_zoom = flip, max_zoom
+        self._max_unreadable = max_unreadable
+        self._unreadable: set[int] = set()
+        self._lock = threading.Lock()  # several threads read
         self.shape = Shape(image_size, 3, len(images.classes))
         self.class_names: Sequence[str] = images.classes
 
@@ -128,12 +150,39 @@ class Pixels:
 
     def _read_one(self, item: int, draw: int) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng([self._seed, draw])
-        image, label = self._images.load(item)
+        image, label = self._load(item)
         if self._max_zoom > 1:
             square = random_square(image, self._size, rng, self._max_zoom)
         else:
             square = centre_square(image, self._size)
         return (square[:, ::-1] if self._flip and rng.random() < 0.5 else square), label
+
+    def _load(self, item: int) -> "tuple[Image, int]":
+        """An image and its class, or the next ones that can be decoded."""
+        for _ in range(len(self._images)):
+            if item not in self._unreadable:
+                try:
+                    return self._images.load(item)
+                except ImageError as error:
+                    if not self._max_unreadable:
+                        raise
+                    self._skip(item, error)
+            item = (item + 1) % len(self._images)
+        raise UserError(f"none of the {counted(len(self._images), 'image')} can be decoded")
+
+    def _skip(self, item: int, error: ImageError) -> None:
+        with self._lock:
+            if item in self._unreadable:
+                return
+            self._unreadable.add(item)
+            count = len(self._unreadable)
+        limit = f"data.max_unreadable={self._max_unreadable}"
+        if count > self._max_unreadable:
+            raise UserError(
+                f"{error}; {counted(count, 'image')} cannot be decoded, more than {limit}: mend or remove "
+                "what is named, or give a larger limit"
+            )
+        log.warning(f"warning: skipped {error}; the next image stands in its place ({count} so far, {limit})")
 
 
 @functools.cache
@@ -146,11 +195,12 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Augmentation(NamedTuple):
-    """What `folder:` and `tfds:` do to an image, at random: the options `flip` and `max_zoom`."""
+    """What `folder:` and `tfds:` do to an image, at random, and where it cannot be decoded: see `Pixels`."""
 
     seed: int
     flip: bool
     max_zoom: float
+    max_unreadable: int = 0
 
 
 def _digits(name: str, wanted: Shape, augmentation: Augmentation) -> Source:
@@ -182,13 +232,20 @@ SOURCES = {
 
 
 def open_source(
-    name: str, wanted: Shape, *, space: str, seed: int = 0, flip: bool = False, max_zoom: float = 1.0
+    name: str,
+    wanted: Shape,
+    *,
+    space: str,
+    seed: int = 0,
+    flip: bool = False,
+    max_zoom: float = 1.0,
+    max_unreadable: int = 0,
 ) -> Source:
     """Training split of the source of that name; its shape must be the one that is wanted.
 
     `digits`, or some of them (`parse_digits`), `folder:PATH` and `tfds:NAME` give pixels, the last two
-    flipped and zoomed at random if asked to; `latents:FOLDER` gives cached moments. Wanted with
-    num_classes 0, it may have any.
+    flipped and zoomed at random if asked to, with so many unreadable ones skipped; `latents:FOLDER` gives
+    cached moments. Wanted with num_classes 0, it may have any.
 
     Raises:
       UserError: unknown name, missing or damaged data, or another shape than what is wanted.
@@ -197,7 +254,7 @@ def open_source(
     if kind is None:
         looks = ", ".join(kind.looks for kind in SOURCES.values())
         raise UserError(f"data.source={name!r} is unknown; known: {looks}")
-    source = kind.open(name, wanted, Augmentation(seed, flip, max_zoom))
+    source = kind.open(name, wanted, Augmentation(seed, flip, max_zoom, max_unreadable))
     if kind.gives != space:
         latents = kind.gives == "latents"
         how = "set data.space=latents" if latents else "encode them first: tools/encode_latents.py"

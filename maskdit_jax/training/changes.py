@@ -14,6 +14,7 @@ FREE, LISTED, REFUSED = "free", "listed", "refused"
 AT_RESTART = {
     "vae": FREE,  # shows samples
     "data.num_threads": FREE,
+    "data.max_unreadable": FREE,
     # The same computation up to rounding; but precision is a person's choice about a run that diverges.
     "compute": FREE,
     "compute.precision": LISTED,

@@ -226,6 +226,7 @@ def open_configured_source(config: ConfigDict) -> Source:
         seed=config.seed,
         flip=config.data.flip,
         max_zoom=config.data.max_zoom,
+        max_unreadable=config.data.max_unreadable,
     )
     warn_of_scale(source, config)
     return source

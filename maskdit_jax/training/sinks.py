@@ -169,8 +169,8 @@ def open_boards(workdir: Path, config: ConfigDict) -> list[Sink]:
       UserError: what one needs is not installed, or its folder is none.
     """
     boards: list[Sink] = []
-    if project := config.report.get("wandb", ""):  # saved configurations may be older
-        boards.append(WeightsAndBiases(project, workdir, leaves(config)))
+    if "wandb" in config.report and config.report.wandb:  # saved configurations may be older
+        boards.append(WeightsAndBiases(config.report.wandb, workdir, leaves(config)))
     if config.report.tensorboard:
         boards.append(TensorBoard(workdir / TENSORBOARD))
     return boards
