@@ -18,6 +18,7 @@ from maskdit_jax.evaluation.sample_card import describe, evaluate_samples
 from maskdit_jax.evaluation.sample_set import ABOUT
 from maskdit_jax.interop.inception import WHERE
 from maskdit_jax.log import log, log_to_stdout
+from maskdit_jax.program_cache import keep_programs
 
 MAX_BATCH_SIZE = 2**12
 
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     log_to_stdout()
     keep_memory()
+    keep_programs()
     with one_line_errors():
         check_devices()
         if not 1 <= flags.batch_size <= MAX_BATCH_SIZE:

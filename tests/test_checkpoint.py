@@ -140,6 +140,24 @@ def test_state_of_other_arrays_is_called_so_and_not_damaged(item, other, expecte
         saved_and_restored(saved, tmp_path, config, shapes)
 
 
+def test_compressed_checkpoints_of_before_load(run, tmp_path, monkeypatch):
+    meta = Checkpoints(run).meta(9)
+    model = load_model(run)
+    older = Checkpoints(tmp_path, keep=1)
+    older._manager = ocp.CheckpointManager(older.folder, options=older._options)
+    monkeypatch.setattr(ocp.args, "PyTreeSave", ocp.args.StandardSave)
+    older.save_weights(9, {"ema_params": model.params}, {k: v for k, v in meta.items() if k != "digests"})
+    older.close()
+
+    def compressors(folder):
+        arrays = (folder / "checkpoints/9/ema_params").rglob("d/*")
+        return b"".join(file.read_bytes() for file in arrays).count(b"zstd")
+
+    assert compressors(tmp_path) > 0 == compressors(run)
+    assert size_of(load_model(tmp_path)) == size_of(model)
+    assert Checkpoints(tmp_path).meta(9)["digests"]["ema_params"] == meta["digests"]["ema_params"]
+
+
 def test_checkpoint_without_digests_is_not_trusted(copy):
     file = copy / "checkpoints" / "9" / "meta" / "metadata"
     meta = json.loads(file.read_text())

@@ -5,8 +5,10 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import two_process_flags
@@ -95,6 +97,46 @@ def test_gradients_are_summed_between_devices_in_float32():
         if name in types:
             types[name].add(operand)
     assert types == {name: {"f32"} for name in names}
+
+
+def defined_digest(tree: dict[str, np.ndarray]) -> str:
+    """The digest by its definition, value by value; older checkpoints carry it."""
+    halves = np.zeros(2, np.uint64)
+    for name, x in tree.items():
+        salt = zlib.crc32(f"['{name}'] {x.dtype} {x.shape}".encode())
+        bits = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
+        for half, turned in enumerate((salt, salt ^ 0x9E3779B9)):
+            place = np.arange(bits.size, dtype=np.uint32) + np.uint32(turned)
+            place = (place ^ (place >> 16)) * np.uint32(0x7FEB352D)
+            place = (place ^ (place >> 15)) * np.uint32(0x846CA68B)
+            numbers = (place ^ (place >> 16)) | np.uint32(1)
+            halves[half] += np.uint64(salt) + (bits * numbers).sum(dtype=np.uint32)
+    return "".join(f"{int(half) % 2**32:08x}" for half in halves)
+
+
+def test_digest_is_its_definition_for_every_type_and_size(monkeypatch):
+    """In blocks, which a small one shows, and by the program for arrays on devices."""
+    monkeypatch.setattr("maskdit_jax.distributed.digest._BLOCK", 2048)
+    random, mesh = np.random.default_rng(0), make_mesh(2, 4)
+    tree = {
+        "a": random.normal(size=(64, 512)).astype(np.float32),
+        "b": random.integers(2**32, size=(3, 5, 7), dtype=np.uint32),
+        "c": random.normal(size=(2049,)).astype(jnp.bfloat16),
+        "d": np.arange(-4, 4, dtype=np.int8),
+        "e": np.array(7, np.int32),
+    }
+    expected = defined_digest(tree)
+    for placed in (tree, jax.device_put(tree), jax.device_put(tree, state_shardings(tree, mesh))):
+        assert digest(placed) == expected
+    assert digest({"a": tree["a"].T}) == defined_digest({"a": np.ascontiguousarray(tree["a"].T)})
+
+
+def test_a_digest_leaves_an_array_free_to_be_donated():
+    x = jnp.arange(2.0**12) + 1
+    digest({"x": x})
+    place = x.unsafe_buffer_pointer()
+    assert jax.jit(lambda x: x + 1, donate_argnums=0)(x).unsafe_buffer_pointer() == place
+    assert x.is_deleted()
 
 
 def test_digest_is_the_same_on_any_mesh_and_changes_with_any_bit():

@@ -26,6 +26,7 @@ from maskdit_jax.distributed.handshake import bind_address, listen
 from maskdit_jax.distributed.peers import PEER_LOST, Peers
 from maskdit_jax.errors import UserError, first_line, one_line_errors
 from maskdit_jax.log import log
+from maskdit_jax.program_cache import keep_programs
 
 PREEMPTED = 75  # exit code: stopped, saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 GPU_REMEDY = "pip install '.[cuda12]' in the repository, and leave JAX_PLATFORMS unset"
@@ -68,6 +69,7 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     2). Only process 0 reports.
     """
     keep_memory()
+    keep_programs()
     with one_line_errors():
         several = _initialize(flags)
         if not several:

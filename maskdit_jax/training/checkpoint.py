@@ -74,7 +74,12 @@ class Checkpoints:
         self._failure = ""  # of the newest attempt to write one
 
     def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        # Not compressed: weights hardly shrink by it, and a restore would wait for it.
+        arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(None, ocp.args.PyTreeSave, arrays)
+        registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options, handler_registry=registry)
 
     @property
     def steps(self) -> list[int]:
@@ -102,7 +107,7 @@ class Checkpoints:
         self.settle()
         meta = json.loads(json.dumps(meta)) | {"digests": {name: digest(x) for name, x in items.items()}}
         meta["digests"]["meta"] = meta_digest(meta)
-        arrays = {name: ocp.args.StandardSave(x) for name, x in items.items()}
+        arrays = {name: ocp.args.PyTreeSave(x) for name, x in items.items()}
         self._saving, self._failure = step, ""
         with self._reported():
             self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))

@@ -20,6 +20,7 @@ from maskdit_jax.errors import UserError
 from maskdit_jax.evaluation.monitor import Monitor
 from maskdit_jax.log import counted, log
 from maskdit_jax.methods.method import Shape
+from maskdit_jax.program_cache import kept_programs
 from maskdit_jax.sampling import Model
 from maskdit_jax.training.best import Best
 from maskdit_jax.training.build import Training, build
@@ -65,6 +66,9 @@ def _train(
     data = config.data
     codec = open_codec(data.space, data.latent_scale, data.channels, config.vae, config.compute.precision)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every_steps)
+    if max(checkpoints.steps, default=0) < steps:
+        kept = kept_programs()
+        log.info("compiling, which takes a while" + f" the first time; kept in {kept}" * bool(kept))
     state, begun = _begin(config, training, checkpoints, allow_changes)
     step = saved_step = int(state.step)
     if step >= steps:
