@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from readers import READERS
 from tiny import SAVE_EVERY, steps_of, tiny_config, tiny_flags
