@@ -193,7 +193,7 @@ class BlockStack(nnx.Module):
 
     make_block(rngs) is one block, a module called as block(x, *context) or block(x, *context, own).
     compute.unroll: "full" (fastest on a GPU: a rolled loop copies every saved tensor into a stack),
-    "none" (compiles fastest, costs a CPU nothing) or "auto": full on a GPU, none elsewhere.
+    "none" (compiles fastest) or "auto": full on a GPU, none elsewhere.
     compute.remat: "none" saves every activation, "mlp" computes fc1 and the GELU again in the backward
     pass, "full" saves only the input of each block.
     """
