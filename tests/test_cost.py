@@ -99,7 +99,7 @@ def test_kept_is_what_takes_a_product_to_compute_again():
         return jax.vjp(lambda params: jnp.tanh(x @ params["a"]) @ params["b"], params)[1]
 
     kept = frozenset().union(*trace_products(backward, weights, jnp.ones((2, 3))).kept)
-    assert sorted((tensor.size, tensor.part) for tensor in kept) == [(0, ""), (2 * 5 * 4, "a")]
+    assert sorted((tensor.size, tensor.part) for tensor in kept) == [(0, "input"), (2 * 5 * 4, "a")]
 
 
 def test_convolutions_branches_and_loops():

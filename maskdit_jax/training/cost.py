@@ -146,5 +146,5 @@ class _Traced:
 
         kept: Counter[Key] = Counter()
         for tensor in frozenset().union(*trace_products(backward, self.params, self.draws).kept):
-            kept[Key(tensor.part or "input", tensor.kind)] += tensor.size
+            kept[Key(tensor.part, tensor.kind)] += tensor.size
         return kept

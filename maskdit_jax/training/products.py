@@ -15,6 +15,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 LINEAR, ATTENTION = "linear", "attention"
+INPUT = "input"  # the part that data belong to before they have met a parameter
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 # The same array in another shape, or a piece of it.
 _VIEWS = (
@@ -103,8 +104,8 @@ def trace_products(function: Callable[..., Any], params: dict[str, Any], *data: 
     """
     closed = jax.make_jaxpr(function)(params, *data)
     values = [_Value(part=path[0].key) for path, _ in jax.tree.leaves_with_path(params)]
-    values += [_Value(data=True) for _ in jax.tree.leaves(data)]
-    walk = _Walk([])
+    values += [_Value(part=INPUT, data=True) for _ in jax.tree.leaves(data)]
+    walk = _Walk([INPUT])
     results = walk.run(closed, values, 1)
     return Products(walk.macs, [_tensors(value) for value in results])
 
