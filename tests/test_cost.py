@@ -1,15 +1,22 @@
 """Costs: multiply-adds against counts of the authors' networks, memory against what must be kept."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import ROOT
+from tiny import ROOT, call_tool, refusal, tiny_flags
 
 from maskdit_jax.config import resolve
 from maskdit_jax.config_file import load
-from maskdit_jax.training.cost import activation_bytes, inference_macs, train_flops_per_image, training_macs
+from maskdit_jax.training.cost import (
+    activation_bytes,
+    cost_of,
+    inference_macs,
+    train_flops_per_image,
+    training_macs,
+)
 from maskdit_jax.training.products import ATTENTION, LINEAR, Key, trace_products
 
 GOLDEN = json.loads((ROOT / "tests/golden/costs.json").read_text())["models"]
@@ -71,6 +78,18 @@ def test_activations_of_xl2(remat, arrays):
     assert (kept[Key("decoder", ATTENTION)] > 0) == (remat == "none")
 
 
+@pytest.mark.parametrize("name, side", [("dit", 32), ("dit", 64), ("mdt", 32), ("mdt", 64)])
+def test_dit_and_mdt_xl2(name, side):
+    """MDT's step is two passes, the second of 70 % of the patches."""
+    config = recipe(f"in256_{name}", f"data.image_size={side}")
+    golden = GOLDEN[f"{'DiT' if name == 'dit' else 'MDTv1'}-XL/2@{side * 8}"]
+    tables = (side // 2) ** 2 * 1152 if name == "dit" else 0  # theirs counts the fixed table of positions
+    cost = cost_of(config)
+    assert agree(cost.inference, golden.get("forward") or golden["forward_full"])
+    assert agree(cost.training, golden.get("forward") or golden["train_step_forward"])
+    assert sum(cost.parameters.values()) == golden["params"] - tables
+
+
 def test_products_belong_to_the_part_of_their_parameter():
     weights = {"qkv": jnp.ones((8, 24)), "out": {"bias": jnp.ones(8), "kernel": jnp.ones((8, 8))}}
 
@@ -121,3 +140,69 @@ def test_convolutions_branches_and_loops():
 
     with pytest.raises(ValueError, match="while: a product is computed in it"):
         trace_products(unknown, {"k": jnp.ones((4, 4))}, jnp.ones((4, 4)))
+
+
+@pytest.mark.slow
+def test_methods_side_by_side(monkeypatch, capsys, tmp_path):
+    """At a small size; the published ratios stand only beside those that they are of."""
+    flags = ["--methods=maskdit,dit", "--size=S/8", "--image_sizes=32", f"--json={tmp_path / 'costs.json'}"]
+    call_tool(monkeypatch, "cost", *flags)
+    printed = capsys.readouterr().out
+    maskdit, dit = json.loads((tmp_path / "costs.json").read_text())["costs"]
+    ratio = maskdit["training_macs"] / dit["training_macs"]
+    assert printed.splitlines()[-1] == f"training, MaskDiT : DiT, S/8, 32×32×4: {ratio:.1%}"
+    assert dit["training_macs"] == dit["inference_macs"]
+    assert dit["state_bytes"]["params"] == dit["state_bytes"]["ema"] == 4 * dit["parameters"]
+    for cost in (maskdit, dit):
+        for name in ("inference_macs", "training_macs"):
+            assert sum(sum(part[name].values()) for part in cost["parts"].values()) == cost[name]
+        assert sum(part["parameters"] for part in cost["parts"].values()) == cost["parameters"]
+
+
+@pytest.mark.slow
+def test_one_configuration(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "cost.json"
+    call_tool(monkeypatch, "cost", *tiny_flags({"compute.remat": "full"}), f"--json={file}")
+    printed, cost = capsys.readouterr().out, json.loads(file.read_text())
+    assert "MaskDiT custom, 8×8×1, 10 classes; 8 of 16 patches visible in training" in printed
+    encoder = cost["parts"]["encoder"]
+    assert re.search(rf"^encoder +{encoder['parameters']:,} ", printed, re.M)
+    assert cost["train_step_flops"] == 6 * cost["training_macs"]
+    # Two of three times the products are computed once more, but for those outside of the blocks.
+    assert 1.2 < cost["train_step_flops_with_recomputation"] / cost["train_step_flops"] < 4 / 3
+    presets = cost["activation_bytes_by_preset"]["float32"]
+    assert presets["full"] == cost["activation_bytes"]
+    assert presets["full"]["linear"] < presets["mlp"]["linear"] < presets["none"]["linear"]
+    half = cost["activation_bytes_by_preset"]["bfloat16"]["none"]["linear"] / presets["none"]["linear"]
+    assert 0.5 <= half < 0.52
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--check"], ["--check needs --config=FILE"]),
+        (["--config.seed=1"], ["--config.seed=1 needs --config=FILE"]),
+        (["--config=digits", "--size=S/2"], ["--size", "without --config"]),
+        (["--methods=maskdit,ditt"], ["ditt", "known", "dit"]),
+        (["--size=XS/2"], ["XS/2", "XL"]),
+        (["--image_sizes=33"], ["data.image_size=33"]),
+        (["--image_sizes=big"], ["--image_sizes", "big"]),
+        (["--config=digits", "--config.method.mask_ration=0.5"], ["mask_ration", "mask_ratio"]),
+        (["--json=nowhere/cost.json"], ["--json", "nowhere"]),
+    ],
+)
+def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
+    line = refusal(capsys, call_tool, monkeypatch, "cost", *flags)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "digits_maskdm_pretrain"])
+def test_xla_counts_the_same_products(monkeypatch, capsys, tmp_path, name):
+    """And a little more: XLA counts every operation, the optimizer's and the EMA's too."""
+    options = {"training.batch_size": 128, "compute.precision": "float32"}
+    flags = [*tiny_flags(options, name), "--check", f"--json={tmp_path / 'cost.json'}"]
+    call_tool(monkeypatch, "cost", *flags)
+    check = json.loads((tmp_path / "cost.json").read_text())["check"]
+    assert 1 < check["xla_flops"] / check["product_flops"] < 1.15
+    assert "XLA" in capsys.readouterr().out.splitlines()[-1]
