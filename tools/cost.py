@@ -1,6 +1,6 @@
 """What a configuration costs: parameters, multiply-adds, memory, part by part; or methods side by side.
 
-Without --config MaskDiT beside DiT and MDT, as published. From shapes alone: nothing is run.
+Without --config MaskDiT beside those that its paper compares it with, as published. From shapes alone: nothing is run.
 """
 
 import json
@@ -19,6 +19,7 @@ from maskdit_jax.training.cost_report import (
     activation_table,
     check_against_xla,
     compare,
+    compared_by_default,
     table,
     to_json,
 )
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="compile the step of --config, and let XLA count"
     )
-    parser.add_argument("--methods", help="beside the first of them; default: maskdit,dit,mdt")
+    parser.add_argument("--methods", help="beside the first of them; default: those of MaskDiT's paper")
     parser.add_argument("--size", help="of the methods' networks; default: XL/2")
     parser.add_argument("--image_sizes", help="of the latents; default: 32,64")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -63,7 +64,7 @@ def one_run(flags: Any, overrides: list[str]) -> tuple[list[str], dict[str, Any]
 def side_by_side(flags: Any, overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
     if flags.check or overrides:
         raise UserError(f"{(overrides or ['--check'])[0]} needs --config=FILE")
-    methods = (flags.methods or "maskdit,dit,mdt").split(",")
+    methods = flags.methods.split(",") if flags.methods else compared_by_default()
     sides = [int(side) for side in parse_integers("--image_sizes", flags.image_sizes or "32,64")]
     lines, costs = compare(methods, flags.size or "XL/2", sides)
     return [CONVENTIONS, *lines], {"costs": costs}

@@ -101,6 +101,11 @@ def activation_table(config: ConfigDict) -> tuple[list[str], dict[str, dict[str,
     return [*_aligned(rows), "(linear + attention)"], found
 
 
+def compared_by_default() -> list[str]:
+    """MaskDiT, and the methods that its paper compares it with."""
+    return [name for name in (PUBLISHED_AT[0], *PUBLISHED) if name in METHODS]
+
+
 def compare(methods: Sequence[str], size: str, image_sizes: Sequence[int]) -> tuple[list[str], list[dict]]:
     """The first method beside the others, each as it is published, at one size and several resolutions.
 
