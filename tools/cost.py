@@ -1,6 +1,6 @@
 """What a configuration costs: parameters, multiply-adds, memory, part by part; or methods side by side.
 
-Without --config MaskDiT beside those that its paper compares it with, as published. From shapes alone: nothing is run.
+Without --config MaskDiT beside those that its paper compares it with, as published. Nothing is run.
 """
 
 import json
