@@ -9,5 +9,5 @@ from maskdit_jax.config import ConfigDict, defaults
 
 
 def get_config(method: str = "maskdit") -> ConfigDict:
-    """The options that all methods share, and those of `method`: maskdit, maskdm or dit."""
+    """The options that all methods share, and those of `method`: maskdit, maskdm, dit or mdt."""
     return defaults(method)

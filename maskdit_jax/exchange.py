@@ -17,8 +17,10 @@ from maskdit_jax.files import appears_whole, read_json
 from maskdit_jax.interop import Layout, layout_of
 from maskdit_jax.interop.tables import Shapes
 from maskdit_jax.interop.torch_io import (
+    INTEGERS,
     Tensors,
     as_float32,
+    check_integers,
     check_shapes,
     read_file,
     shapes_of,
@@ -94,7 +96,9 @@ def import_torch(
     where, num_bytes, content, beside = _read(source)
     sets = _weight_sets(content, where, beside.get("weights", "ema"))
     places = {name: f"{where} (EMA)" if len(sets) == 2 and name == "ema" else where for name in sets}
-    shapes = {name: shapes_of(tensors, places[name], num_bytes) for name, tensors in sets.items()}
+    shapes = {
+        name: shapes_of(tensors, places[name], num_bytes, integers=True) for name, tensors in sets.items()
+    }
     found = _recognise(next(iter(shapes.values())), where)
     _compare_with_expected(found, where, model=model, image_size=image_size, num_classes=num_classes)
     heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
@@ -107,6 +111,7 @@ def import_torch(
         check_shapes(of_set, expected, places[name], str(found))
     params = {}
     for name, tensors in sets.items():
+        check_integers(tensors, found.layout.fixed_tensors(found.network, found.data), places[name])
         arrays = as_float32(tensors, places[name])
         _check_fixed(arrays, tensors, found, places[name])
         params[WEIGHTS[name]] = found.layout.from_torch(arrays, found.network)
@@ -202,7 +207,10 @@ def _config_beside(found: _Found, beside: dict[str, Any], where: str) -> dict[st
 
 
 def _with_heads(found: _Found, where: str, saved: dict[str, Any], given: dict[str, int | None]) -> Any:
-    """The network with its heads: those given, of the config.json, or of the published sizes."""
+    """The network with its heads: those given, of the config.json, or of the published sizes.
+
+    And with what else only the config.json tells.
+    """
     published = found.layout.heads(found.network)
     values = {}
     for name, number in given.items():
@@ -218,7 +226,8 @@ def _with_heads(found: _Found, where: str, saved: dict[str, Any], given: dict[st
         if not isinstance(value, int) or value < 1 or width % value:
             raise UserError(f"{where}: {name}={value} does not divide the width {width}")
         values[name] = value
-    return dataclasses.replace(found.network, **values)
+    untold = {name: x for name, x in saved["method"]["network"].items() if name in found.layout.UNTOLD}
+    return dataclasses.replace(found.network, **values, **untold)
 
 
 def _config_of(found: _Found, saved: dict[str, Any], where: str) -> ConfigDict:
@@ -246,9 +255,10 @@ def _check_fixed(arrays: dict[str, np.ndarray], tensors: Tensors, found: _Found,
         tolerance = 2**-8 if str(tensors[key].dtype).endswith("float16") else 1e-6
         error = np.abs(arrays[key] - table).max()
         if not error <= tolerance:
+            kind = "index" if table.dtype == INTEGERS else "sine-cosine"
+            note = "" if table.dtype == INTEGERS else "; learned positions are not supported"
             raise UserError(
-                f"{where}: {key} is not the fixed sine-cosine table: it differs by up to {error:.3g}; "
-                "learned positions are not supported"
+                f"{where}: {key} is not the fixed {kind} table: it differs by up to {error:.3g}{note}"
             )
 
 

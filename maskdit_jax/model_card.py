@@ -1,5 +1,6 @@
 """The card beside exported weights: what they are and how to load them."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ def model_card(about: dict[str, Any], tensors: dict[str, np.ndarray], model: Mod
     """Markdown for the weights of a model that `about` (the content of config.json) describes."""
     side, channels, _ = model.shape
     data, patch = model.config.data, model.method.network.patch_size
+    types = Counter(str(x.dtype) for x in tensors.values())
+    of_types = ", ".join(f"{number} of {name}" for name, number in types.items())
     rows = {
         "Architecture": about["model"],
         "Input": f"{data.space} [{channels}, {side}, {side}], patches {patch}×{patch}",
@@ -22,7 +25,7 @@ def model_card(about: dict[str, Any], tensors: dict[str, np.ndarray], model: Mod
         # Imported weights of unknown age are step 0.
         "Training step": f"{about['step']:,}" if about["step"] else "not known",
         "Latent scale": f"latents = {data.latent_scale:g} · autoencoder output",
-        "Tensors": f"{len(tensors)} of float32, {sum(x.size for x in tensors.values()):,} values",
+        "Tensors": f"{of_types}, {sum(x.size for x in tensors.values()):,} values",
     }
     if data.space == "pixels":
         del rows["Latent scale"]

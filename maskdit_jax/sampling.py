@@ -77,7 +77,7 @@ class Model:
     ) -> jax.Array:
         """Denoised [B, H, W, C] for x = clean + sigma·noise [B, H, W, C].
 
-        Of which channels guidance is, the run's configuration says.
+        Of which channels guidance is, and whether it grows, the run's configuration says.
 
         Args:
           sigma: noise levels [B], or one for all; above 0.
@@ -101,9 +101,10 @@ class Model:
                 raise UserError(
                     f"{name} has shape {list(np.shape(values))}, expected [{count}] or one for all"
                 )
-        channels = self.config.sampling.guided_channels
+        sampling = self.config.sampling
+        how = sampling.guided_channels, sampling.cfg_growth
         sigma, labels = jnp.broadcast_to(sigma, count), jnp.broadcast_to(labels, count)
-        return _denoise(self.params, x, sigma, labels, self._network, cfg_scale, channels)
+        return _denoise(self.params, x, sigma, labels, self._network, cfg_scale, *how)
 
     def sample(
         self,
@@ -287,10 +288,12 @@ class _Network(NamedTuple):
         return self.method.denoiser(nnx.merge(self.graphdef, params))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "cfg_scale", "channels"))
-def _denoise(params, x, sigma, labels, network, cfg_scale, channels):
-    denoise = network.denoiser(params)
-    guided = denoise if cfg_scale == 1 else guide(null_label_sides(denoise), cfg_scale, channels)
+@functools.partial(jax.jit, static_argnames=("network", "cfg_scale", "channels", "power"))
+def _denoise(params, x, sigma, labels, network, cfg_scale, channels, power):
+    denoise = guided = network.denoiser(params)
+    if cfg_scale != 1:
+        growth = SamplerOptions(cfg_growth=power).growth(network.method.noise_levels())
+        guided = guide(null_label_sides(denoise), cfg_scale, channels, growth)
     return guided(x, jnp.asarray(sigma, jnp.float32), labels)[..., : x.shape[-1]]
 
 

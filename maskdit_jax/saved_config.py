@@ -14,7 +14,7 @@ from maskdit_jax.options import IN_WORDS, as_section, check_option, each_option,
 _DATA = tuple(f"data.{name}" for name in (*Shape._fields, "space", "latent_scale"))
 _CLOSED = ("method", "compute", "sampling")  # these sections are arguments: nothing else may stand there
 # The sampler's options that came later: where they are missing, their defaults do as was done before.
-LATER = ("schedule", "scaling", "alpha", "guided_channels")
+LATER = ("schedule", "scaling", "alpha", "guided_channels", "cfg_growth")
 COMPUTE_LATER = ("attention",)  # likewise
 
 # All that an import had before there were methods, and every run.

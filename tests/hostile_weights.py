@@ -364,7 +364,7 @@ INCEPTION = [
     ("a name unexpected", tensor("second.bn.running_var", ONES), "1 unexpected: second.bn.running_var"),
     ("a counter unexpected", tensor("second.bn.num_batches_tracked", ONES), "1 unexpected: second.bn.num"),
     ("other classes", tensor("fc.bias", ONES), "1 of another shape: fc.bias [2] instead of [4]"),
-    ("integers", tensor("fc.bias", np.arange(4)), "1 tensor (fc.bias (I64)) is neither"),
+    ("integers", tensor("fc.bias", np.arange(4)), "1 tensor (fc.bias (int64)) is neither"),
     ("NaN", tensor("first.bn.weight", ONES * np.nan), "first.bn.weight has values that are not finite"),
     ("negative variance", tensor("first.bn.running_var", -ONES), "first.bn.running_var has values that are"),
 ]

@@ -348,7 +348,9 @@ def test_warm_up_is_linear_and_moves_on_the_first_update():
 def test_mask_schedule_compiles_at_most_sixteen_programs_and_ends_exactly(schedule):
     method = dataclasses.replace(METHOD, mask_schedule=schedule)
     data = Shape(image_size=32, channels=4, num_classes=0)  # 256 tokens
-    num_keep, levels = rounded_schedule(functools.partial(method.num_keep, data, num_steps=1000), 1000)
+    num_keep, levels = rounded_schedule(
+        functools.partial(method.num_keep, data, num_steps=1000), *method.num_keep_range(data, 1000)
+    )
     visited = [num_keep(step) for step in range(1000)]
     assert set(visited) <= set(levels)
     assert len(levels) <= MAX_PROGRAMS

@@ -48,6 +48,15 @@ def diffuse(clean: jax.Array, noise: jax.Array, t: jax.Array, alpha_bar: np.ndar
     return per_sample(signal) * clean + per_sample(added) * noise
 
 
+def min_snr_weight(t: jax.Array, alpha_bar: np.ndarray, limit: float) -> jax.Array:
+    """Weight [B] min(SNR, limit) / SNR of the noise's squared error at timesteps t [B] int.
+
+    SNR = ᾱ / (1 - ᾱ) (min-SNR, arXiv 2303.09556, sec. 3.4); alpha_bar [T].
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    return jnp.asarray(np.minimum(snr, limit) / snr, jnp.float32)[t]
+
+
 def timestep_of(sigma: jax.Array, levels: np.ndarray) -> jax.Array:
     """Timestep [B] float of noise levels sigma [B]: that whose level in `levels` [T] it is.
 

@@ -1,12 +1,14 @@
 """Guidance: away from a weak side, which is the network without its label, or another network."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdit_jax.diffusion.edm import Denoiser
+from maskdit_jax.diffusion.ddpm import timestep_of
+from maskdit_jax.diffusion.edm import Denoiser, per_sample
 
 NULL_LABEL = -1  # "no class"; each network knows its own way to be told so
 
@@ -43,7 +45,22 @@ def network_sides(denoise: Denoiser, weak: Denoiser) -> Sides:
     return lambda x, sigma, labels: (denoise(x, sigma, labels), weak(x, sigma, labels))
 
 
-def guide(sides: Sides, cfg_scale: float, channels: int = 0) -> Denoiser:
+class Growth(NamedTuple):
+    """Of guidance from 1 to its scale s: 1 + (s - 1)·(1 - cos(π·(1 - t/T)^power)) / 2 at timestep t of T.
+
+    MDT (arXiv 2303.14389, sec. 4.1), with power 4. levels [T]: the noise level of each timestep.
+    """
+
+    power: float
+    levels: np.ndarray
+
+    def scale(self, sigma: jax.Array, cfg_scale: float) -> jax.Array:
+        """Scale [B] at noise levels sigma [B]."""
+        passed = 1 - timestep_of(sigma, self.levels) / len(self.levels)
+        return 1 + (cfg_scale - 1) * (1 - jnp.cos(jnp.pi * passed**self.power)) / 2
+
+
+def guide(sides: Sides, cfg_scale: float, channels: int = 0, growth: Growth | None = None) -> Denoiser:
     """Denoiser weak + cfg_scale·(strong - weak); at 1 it is the strong side, at the cost of both.
 
     channels: of the first so many, by default all that x has; what is behind them is the strong side's.
@@ -52,7 +69,8 @@ def guide(sides: Sides, cfg_scale: float, channels: int = 0) -> Denoiser:
     def guided(x, sigma, labels):
         strong, weak = sides(x, sigma, labels)
         count = min(channels or x.shape[-1], x.shape[-1])
-        some = weak[..., :count] + cfg_scale * (strong[..., :count] - weak[..., :count])
+        scale = cfg_scale if growth is None else per_sample(growth.scale(sigma, cfg_scale))
+        some = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
         return jnp.concatenate([some, strong[..., count:]], axis=-1)
 
     return guided

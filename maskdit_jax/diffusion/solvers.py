@@ -30,7 +30,7 @@ from maskdit_jax.diffusion.grids import (
     ve_grid,
     vp_grid,
 )
-from maskdit_jax.diffusion.guidance import guide, is_guided, network_sides, null_label_sides
+from maskdit_jax.diffusion.guidance import Growth, guide, is_guided, network_sides, null_label_sides
 from maskdit_jax.diffusion.steps import (
     Churn,
     Estimate,
@@ -115,6 +115,9 @@ class SamplerOptions:
     )
     cfg_scale: float = option(1.5, "guidance; 1: none", at_least=0)
     guided_channels: int = option(0, "guide only so many of the first channels; 0: all", at_least=0)
+    cfg_growth: float = option(
+        0.0, "guidance grows while sampling, by this power (MDT: 4); 0: it does not", at_least=0
+    )
     guidance_interval: tuple[float, float] | None = None
     clip: bool = option(False, "limit estimates of the clean data to -1 … 1")
     eta: float = option(0.0, "noise of ddim: 0 none … 1 as much as ancestral", at_least=0, at_most=1)
@@ -131,6 +134,10 @@ class SamplerOptions:
         """The noise that heun and euler add."""
         return Churn(self.S_churn, self.S_min, self.S_max, self.S_noise)
 
+    def growth(self, levels: np.ndarray | None) -> Growth | None:
+        """Of guidance, if it grows; levels [T]: the noise levels of the method's timesteps."""
+        return Growth(self.cfg_growth, levels) if self.cfg_growth and levels is not None else None
+
     def check(self, prefix: str = "", levels: np.ndarray | None = None) -> None:
         """Refuse what no sampler can work with; `prefix` goes before the names in messages.
 
@@ -140,6 +147,11 @@ class SamplerOptions:
           UserError: a value that is not known, out of range or not finite, or noise levels that are so.
         """
         check_options(self, prefix)
+        if self.cfg_growth and levels is None:
+            raise UserError(
+                f"{prefix}cfg_growth={self.cfg_growth}: guidance grows over timesteps, which the method has "
+                f"none of; use 0"
+            )
         match self.guidance_interval:
             case None:
                 pass
@@ -307,5 +319,5 @@ def generate(
         noise_grid(options, levels),
         options,
         step_noise=lambda step: draw(1 + step),
-        guided=guide(sides, options.cfg_scale, options.guided_channels),
+        guided=guide(sides, options.cfg_scale, options.guided_channels, options.growth(levels)),
     )

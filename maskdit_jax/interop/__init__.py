@@ -16,7 +16,8 @@ class Layout(Protocol):
 
     FAMILY: its name, for messages. PAPER: its address. PATCH_MAP: a tensor that every such network has.
     TORCH_NETWORK: what in PyTorch has these names, for the model card. PUBLISHED_DATA: `space` and
-    `latent_scale` of a file that does not say.
+    `latent_scale` of a file that does not say. UNTOLD: options of the network, besides heads, that tensors do
+    not tell; a file that does not say has the published values.
     """
 
     FAMILY: str
@@ -24,6 +25,7 @@ class Layout(Protocol):
     PATCH_MAP: str
     TORCH_NETWORK: str
     PUBLISHED_DATA: dict[str, Any]
+    UNTOLD: tuple[str, ...]
 
     def recognises(self, shapes: Shapes) -> bool:
         """Whether tensors of these shapes are meant to be such a network."""

@@ -22,6 +22,7 @@ PATCH_MAP = "x_embedder.proj.weight"
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 TORCH_NETWORK = "the network of the architecture above"
 PUBLISHED_DATA = {"space": "latents", "latent_scale": 0.18215}
+UNTOLD = ()
 TABLE = [
     ("patch_embedding", "x_embedder.proj", "patch map"),
     ("noise_embedding.fc1", "t_embedder.mlp.0", "linear"),

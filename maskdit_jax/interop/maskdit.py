@@ -21,6 +21,7 @@ FAMILY, PAPER = "MaskDiT", "https://arxiv.org/abs/2306.09305"
 PATCH_MAP = "model.x_embedder.proj.weight"
 TORCH_NETWORK = "the preconditioned network of the architecture above"
 PUBLISHED_DATA = {"space": "latents", "latent_scale": 0.18215}
+UNTOLD = ()
 PUBLISHED_DECODER = (512, 16)  # width and heads, at every size
 BLOCK = [
     ("modulation.linear", "adaLN_modulation.1", "linear"),

@@ -22,6 +22,7 @@ FAMILY, PAPER = "MaskDM", "https://arxiv.org/abs/2306.11363"
 PATCH_MAP = "encoder.patch_embed.proj.weight"
 TORCH_NETWORK = "the network of the architecture above"
 PUBLISHED_DATA = {"space": "pixels", "latent_scale": 1.0}
+UNTOLD = ()
 _BLOCK = [
     ("norm1", "norm1", "norm"),
     ("attention.q_bias", "attn.q_bias", "array"),

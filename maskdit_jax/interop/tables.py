@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from maskdit_jax.models.mdt import UNUSED_ROWS
 from maskdit_jax.models.sizes import CUSTOM, Sizes, size_name
 
 Shapes = dict[str, tuple[int, ...]]
@@ -151,6 +153,8 @@ def _leaf_to_torch(leaf, layout, patch_size):
         return {"": _ARRAYS[layout][0](leaf)}
     if layout == "norm":
         return {".weight": leaf["scale"], ".bias": leaf["bias"]}
+    if layout == "distances":
+        return {"": jnp.concatenate([leaf["table"], leaf["unused"]])}
     kernel = leaf["kernel"]
     if layout == "patch map":  # [(p q c), D] → [D, c, p, q]
         weight = kernel.reshape(patch_size, patch_size, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
@@ -162,6 +166,9 @@ def _leaf_to_torch(leaf, layout, patch_size):
 def _leaf_from_torch(rest, key, layout, patch_size):
     if layout in _ARRAYS:
         return _ARRAYS[layout][1](rest.pop(key))
+    if layout == "distances":
+        table = rest.pop(key)
+        return {"table": table[:-UNUSED_ROWS], "unused": table[-UNUSED_ROWS:]}
     weight = rest.pop(f"{key}.weight")
     if layout == "norm":
         return {"scale": weight, "bias": rest.pop(f"{key}.bias")}

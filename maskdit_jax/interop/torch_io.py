@@ -23,7 +23,8 @@ from maskdit_jax.log import log
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 HALF_PRECISION = ("float16", "bfloat16")
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+INTEGERS = "int64"
 # The format allows 100 MB, which as Python's lists are gigabytes; MaskDiT-XL/2 takes 44 kB.
 _MAX_HEADER_BYTES = 4_000_000
 _LISTED = 3
@@ -125,8 +126,10 @@ def _import_torch(path: Path):
     return torch
 
 
-def shapes_of(tensors: Mapping[Any, Any], where: str, num_bytes: int | None = None) -> Shapes:
-    """Shapes of tensors that are all float32, float16 or bfloat16, of torch or numpy.
+def shapes_of(
+    tensors: Mapping[Any, Any], where: str, num_bytes: int | None = None, *, integers: bool = False
+) -> Shapes:
+    """Shapes of tensors that are all float32, float16 or bfloat16, of torch or numpy; or int64, if allowed.
 
     Raises:
       UserError: something is no such tensor, is empty, or has no name, or together they claim more than the
@@ -138,10 +141,10 @@ def shapes_of(tensors: Mapping[Any, Any], where: str, num_bytes: int | None = No
     other, claimed = [], 0
     for name, value in tensors.items():
         kind = _kind(value)
-        if kind not in _SAFETENSORS_DTYPES.values():
+        if kind not in _SAFETENSORS_DTYPES.values() or (kind == INTEGERS and not integers):
             other.append(f"{name} ({shown(kind)})")
         else:
-            claimed += math.prod(value.shape) * (2 if kind in HALF_PRECISION else 4)
+            claimed += math.prod(value.shape) * value.itemsize
     _refuse_dtypes(other, where)
     if num_bytes is not None and claimed > num_bytes:
         raise UserError(f"{where} claims {claimed:,} bytes of tensors, but has {num_bytes:,}")
@@ -165,6 +168,17 @@ def _kind(value: Any) -> str:
     if value.layout != torch.strided:
         return str(value.layout)
     return "meta" if value.is_meta else str(value.dtype).removeprefix("torch.")
+
+
+def check_integers(tensors: Tensors, fixed: Mapping[str, np.ndarray], where: str) -> None:
+    """Nothing is int64 but what is a fixed table of that type.
+
+    Raises:
+      UserError: something else is; the message names it.
+    """
+    integers = [name for name, value in tensors.items() if _kind(value) == INTEGERS]
+    wrong = [name for name in integers if name not in fixed or fixed[name].dtype != INTEGERS]
+    _refuse_dtypes([f"{name} ({INTEGERS})" for name in wrong], where)
 
 
 def _refuse_dtypes(names: list[str], where: Any) -> None:
@@ -223,7 +237,7 @@ def _listed(noun: str, names: list[str]) -> str:
 
 
 def write_file(path: Path, sets: dict[str, dict[str, np.ndarray]]) -> None:
-    """Write float32 tensors, and read them back to compare every bit before the file gets its name.
+    """Write tensors, float32 or int64, and read them back to compare every bit before the file gets its name.
 
     A .safetensors file holds the tensors of the only set; a .pt file the sets by their names.
 
@@ -233,7 +247,10 @@ def write_file(path: Path, sets: dict[str, dict[str, np.ndarray]]) -> None:
     # safetensors writes the memory of an array as it lies, so that a transposed view would be
     # scrambled; torch wants memory it may write to.
     sets = {
-        name: {key: np.require(value, np.float32, ["C", "W"]) for key, value in tensors.items()}
+        name: {
+            key: np.require(value, INTEGERS if value.dtype == INTEGERS else np.float32, ["C", "W"])
+            for key, value in tensors.items()
+        }
         for name, tensors in sets.items()
     }
     with appears_whole(path) as partial:
@@ -258,8 +275,8 @@ def write_file(path: Path, sets: dict[str, dict[str, np.ndarray]]) -> None:
         for name, tensors in sets.items():
             back = {key: np.asarray(value) for key, value in written[name].items()}
             same = back.keys() == tensors.keys() and all(
-                np.array_equal(back[key].view(np.uint32), value.view(np.uint32))
-                for key, value in tensors.items()
+                back[key].dtype == x.dtype and np.array_equal(back[key].view(np.uint32), x.view(np.uint32))
+                for key, x in tensors.items()
             )
             if not same:
                 raise UserError(f"{path}: what was read back differs from what was written; check the disk")

@@ -59,6 +59,11 @@ class Method:
         """How many of them are visible in step `step` of a run: static, each value a compiled program."""
         return self.num_tokens(data)
 
+    def num_keep_range(self, data: Shape, num_steps: int) -> tuple[int, int]:
+        """The fewest and the most of them in any step of a run; by default in its first and last."""
+        low, high = sorted(self.num_keep(data, step, num_steps) for step in (0, num_steps - 1))
+        return low, high
+
     def draw(self, key: jax.Array, batch: dict[str, jax.Array], num_keep: int) -> Draws:
         """Everything random of a step.
 

@@ -72,7 +72,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Tr
         accumulate=training.accumulate,
     )
     num_keep, keep_levels = rounded_schedule(
-        functools.partial(method.num_keep, data, num_steps=training.num_steps), training.num_steps
+        functools.partial(method.num_keep, data, num_steps=training.num_steps),
+        *method.num_keep_range(data, training.num_steps),
     )
     return Training(
         mesh=mesh,

@@ -51,13 +51,18 @@ def learning_rate_schedule(peak: float, warmup_kimg: float, batch_size: int) -> 
     )
 
 
-def rounded_schedule(exact: Callable[[int], int], num_steps: int) -> tuple[Callable[[int], int], list[int]]:
-    """A schedule of whole numbers, exact(step), in at most 16 values, and these values.
+def rounded_schedule(
+    exact: Callable[[int], int], low: int, high: int
+) -> tuple[Callable[[int], int], list[int]]:
+    """A schedule of whole numbers, exact(step) from `low` to `high`, in at most 16 values, and these values.
 
-    Each value is a compiled program; of a schedule with more than 16 of them 16 are used, evenly spread
-    between those of the run's first and last step.
+    Each value is a compiled program; of a schedule with more than 16 of them 16 are used, evenly spread.
     """
-    low, high = sorted((exact(0), exact(num_steps - 1)))
     count = min(MAX_PROGRAMS, high - low + 1)
     levels = [round(low + (high - low) * i / max(count - 1, 1)) for i in range(count)]
-    return lambda step: min(levels, key=lambda level: abs(level - exact(step))), levels
+
+    def rounded(step: int) -> int:
+        value = exact(step)
+        return min(levels, key=lambda level: abs(level - value))
+
+    return rounded, levels
