@@ -417,7 +417,7 @@ MAY_BE_0 = """
     method.mask_ratio method.mask_ratio_min method.mask_schedule_steps ema.decay
     optimizer.warmup_kimg optimizer.b1 optimizer.b2 optimizer.weight_decay optimizer.clip_norm mesh.data
     checkpoint.keep_every_steps report.preview_steps
-    sampling.cfg_scale sampling.guided_channels sampling.eta
+    sampling.cfg_scale sampling.cfg_growth sampling.guided_channels sampling.eta
     sampling.S_churn sampling.S_min sampling.S_max sampling.S_noise
     evaluation.num_samples evaluation.every_steps init_step
 """.split()

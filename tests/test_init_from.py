@@ -111,7 +111,7 @@ def test_fine_tuning_at_another_resolution_with_other_classes(tmp_path, capsys):
     new = trained(tmp_path / "tuned", "digits_maskdm_finetune", large).params
     said = capsys.readouterr().out
     assert "init_from: data.image_size=16 here, 8 there" in said
-    assert "init_from: positions.table is interpolated from 4×4 to 8×8 patches" in said
+    assert "init_from: positions.table is interpolated from 4×4 to 8×8" in said
     assert "init_from: label_embedding.table [3, 32] is made anew: the classes are others" in said
     assert "raw weights, from which the EMA starts too, from step 2" in said
     assert new["positions"]["table"].shape == (64, 32)

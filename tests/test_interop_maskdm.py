@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     bias = "encoder.mid_block.attn.proj.bias"
     assert f"1 missing: {bias}" in refused({n: x for n, x in tensors.items() if n != bias}, num_heads=4)
     other = {name.replace("encoder", "unet"): x for name, x in tensors.items()}
-    assert "is no MaskDiT or MaskDM or DiT: it has no model.x_embedder" in refused(other)
+    assert "is no MaskDiT or MaskDM or DiT or MDT: it has no model.x_embedder" in refused(other)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ OF_METHOD = {
     | {"sampling.solver": "euler"},
     "maskdm": {"method.network.hidden_size": 64, "method.network.depth": 3, "method.network.num_heads": 4},
     "dit": {"method.network.hidden_size": 64, "method.network.depth": 2, "method.network.num_heads": 4},
+    "mdt": {"method.network.hidden_size": 64, "method.network.depth": 4, "method.network.num_heads": 4},
 }
 RECIPES = ("digits", "digits_maskdm_pretrain")
 TINY = {

@@ -102,10 +102,10 @@ def _adapt_leaf(name: str, old: jax.Array | None, new: jax.Array, notes: list[st
     if CLASSES in parts:
         notes.append(f"init_from: {name} {list(new.shape)} is made anew: the classes are others")
         return new
-    if POSITIONS in parts and old is not None and old.shape[1:] == new.shape[1:]:
-        sides = math.isqrt(len(old)), math.isqrt(len(new))
+    if POSITIONS in parts and old is not None and _but_places(old) == _but_places(new):
+        sides = math.isqrt(old.shape[-2]), math.isqrt(new.shape[-2])
         notes.append(
-            "init_from: {} is interpolated from {}×{} to {}×{} patches".format(
+            "init_from: {} is interpolated from {}×{} to {}×{}".format(
                 name, *(side for side in sides for _ in range(2))
             )
         )
@@ -114,11 +114,16 @@ def _adapt_leaf(name: str, old: jax.Array | None, new: jax.Array, notes: list[st
     raise UserError(f"init_from: {name} has shape {list(new.shape)} here, there is {found} there")
 
 
+def _but_places(table: jax.Array) -> tuple[int, ...]:
+    return (*table.shape[:-2], *table.shape[-1:])
+
+
 def _interpolated(table: jax.Array, old_side: int, new_side: int) -> jax.Array:
-    """Positions [new_side², D] of a table [old_side², D], bicubic on the grid of patches."""
-    grid = table.reshape(old_side, old_side, -1)
-    resized = jax.image.resize(grid, (new_side, new_side, grid.shape[-1]), "cubic")
-    return resized.reshape(new_side**2, -1)
+    """Positions [..., new_side², D] of a table [..., old_side², D], bicubic on the grid of its places."""
+    stack, width = table.shape[:-2], table.shape[-1]
+    grid = table.reshape(*stack, old_side, old_side, width)
+    resized = jax.image.resize(grid, (*stack, new_side, new_side, width), "cubic")
+    return resized.reshape(*stack, new_side**2, width)
 
 
 def _name(path: tuple) -> str:
