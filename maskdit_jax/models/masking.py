@@ -70,7 +70,10 @@ def crop_mask(corners: jax.Array, grid: int, crop_size: int) -> TokenMask:
 
 
 def _mask_of(shuffle_ids: jax.Array, num_keep: int) -> TokenMask:
-    return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, jnp.argsort(shuffle_ids, axis=1))
+    # As float32, which holds them exactly: a sort of whole numbers that another sort has ordered is made a
+    # scatter by XLA, where there are several devices.
+    restore_ids = jnp.argsort(shuffle_ids.astype(jnp.float32), axis=1)
+    return TokenMask(shuffle_ids[:, :num_keep], shuffle_ids, restore_ids)
 
 
 @jax.custom_vjp
