@@ -1,10 +1,10 @@
 """Our training step and plain torch's of the same architecture, taking turns in processes of their own."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskdit_jax.benchmark.turns import Side, ratio, spread, take_turns
+from maskdit_jax.benchmark.turns import Block, ratio, spread, take_turns
 from maskdit_jax.benchmark.worker import Worker, workers
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.errors import UserError
@@ -47,15 +47,9 @@ def torch_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def compare_with_torch(
-    config: str,
-    overrides: Sequence[str],
-    *,
-    batch: int | None = None,
-    forms: Sequence[str] = ("eager",),
-    rounds: int = 5,
-    steps: int = 5,
+    ours: Mapping[str, Any], *, forms: Sequence[str] = ("eager",), rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Time our step and torch's of one configuration, block by block in turn.
+    """Time our step, `ours` as `Side` has it, and torch's of the same configuration, block by block in turn.
 
     Every side is a process that has all cores while it is its turn. Where ours has allocator settings
     (`maskdit_jax.allocator`) torch runs twice, as it is and with these.
@@ -69,15 +63,15 @@ def compare_with_torch(
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("torch is not installed: pip install '.[torch]'")
-    ours = {"side": "ours", "config": config, "overrides": list(overrides), "batch": batch}
-    with workers({OURS: ours | {"keep_memory": True}}) as our_side:
+    spec = {"side": "ours", "keep_memory": True, "torch_options": True, **ours}
+    with workers({OURS: spec}, share=True) as our_side:
         about = our_side[OURS].about
         options = about.pop("torch_options")
         torch = {"side": "torch", "options": options, "forms": list(forms)}
         specs = {"": torch | {"keep_memory": False}}
         if about["keeps_memory"]:
             specs[SAME] = torch | {"keep_memory": True}
-        with workers({f"torch{name}": spec for name, spec in specs.items()}) as torch_sides:
+        with workers({f"torch{name}": spec for name, spec in specs.items()}, share=True) as torch_sides:
             sides = {OURS: our_side[OURS]} | torch_sides
             return {"about": {name: side.about for name, side in sides.items()}} | _measure(
                 sides, forms, rounds, steps
@@ -85,7 +79,7 @@ def compare_with_torch(
 
 
 def _measure(sides: dict[str, Worker], forms: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
-    runs: dict[str, Side] = {OURS: sides[OURS].block}
+    runs: dict[str, Block] = {OURS: sides[OURS].block}
     owner = {OURS: OURS}
     for name, side in list(sides.items())[1:]:
         for form in forms:

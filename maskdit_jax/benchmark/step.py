@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 
+from maskdit_jax.benchmark.ceiling import matmul_flops_per_s
+from maskdit_jax.benchmark.memory import allocator_peak, process_peak
 from maskdit_jax.benchmark.turns import Usage, measured, spread
 from maskdit_jax.config import ConfigDict, method_of
 from maskdit_jax.distributed.mesh import check_fits
 from maskdit_jax.training.build import Training, batch_shapes, build
+from maskdit_jax.training.cost import train_flops_per_image
 
 WARM_UP_STEPS = 3
 
@@ -43,6 +46,7 @@ class StepRun:
             "batch_size": self.batch_size,
             "visible_patches": self.training.num_keep(0),
             "parameters": sum(x.size for x in jax.tree.leaves(self.training.state_shapes.params)),
+            "flops_per_image": train_flops_per_image(self.config),
             "compile_s": self.compile_s,
             **describe_program(self.compiled),
         }
@@ -81,24 +85,29 @@ def describe_program(compiled: Any) -> dict[str, float]:
     }
 
 
-def allocator_peak() -> int | None:
-    """Most bytes that JAX held on the first device; None where it does not count them, on a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def benchmark(config: ConfigDict, *, blocks: int, steps: int) -> dict[str, Any]:
     """Time `blocks` blocks of `steps` training steps of `config`, resolved, after a warm-up.
 
     Returns times in seconds, memory in bytes. The host waits for the device once per block; the
-    step time is the median of the blocks' means, images_per_s follows from it.
+    step time is the median of the blocks' means, images_per_s follows from it. utilisation: FLOPs that the
+    method needs (recomputation is none), as a share of those of a large matrix product of the same
+    precision on all devices, measured here too. peak_bytes_in_use: of the device's allocator, where it
+    counts; peak_bytes_of_process: of this whole process, compilation and all.
     """
     side = StepRun(config)
     side.run(WARM_UP_STEPS)
     step_s, fastest, slowest = spread([side.block(steps).wall_s for _ in range(blocks)])
+    peaks = {"peak_bytes_in_use": allocator_peak(), "peak_bytes_of_process": process_peak()}
+    matmul, matmul_side = matmul_flops_per_s(config.compute.precision)
+    images_per_s, about = side.batch_size / step_s, side.about()
     return {
-        **side.about(),
+        **about,
         "step_s": step_s,
         "step_s_min_max": [fastest, slowest],
-        "images_per_s": side.batch_size / step_s,
-        "peak_bytes_in_use": allocator_peak(),
+        "images_per_s": images_per_s,
+        "flops_per_s": images_per_s * about["flops_per_image"],
+        "matmul_flops_per_s": matmul,
+        "matmul_side": matmul_side,
+        "utilisation": images_per_s * about["flops_per_image"] / (matmul * jax.device_count()),
+        **peaks,
     }

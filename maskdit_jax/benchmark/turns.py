@@ -23,7 +23,7 @@ class Spread(NamedTuple):
     max: float
 
 
-Side = Callable[[int], Usage]  # a block of so many steps, waited for
+Block = Callable[[int], Usage]  # of so many steps, waited for
 
 
 def measured(run: Callable[[int], None], steps: int) -> Usage:
@@ -35,7 +35,7 @@ def measured(run: Callable[[int], None], steps: int) -> Usage:
     return Usage(wall / steps, cpu / steps, (after.ru_minflt - before.ru_minflt) / steps)
 
 
-def take_turns(sides: Mapping[str, Side], rounds: int, steps: int) -> dict[str, list[Usage]]:
+def take_turns(sides: Mapping[str, Block], rounds: int, steps: int) -> dict[str, list[Usage]]:
     """A block of steps of each side in every round, every other round in reverse: none is always first."""
     usages: dict[str, list[Usage]] = {name: [] for name in sides}
     for number in range(rounds):

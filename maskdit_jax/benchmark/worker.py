@@ -13,13 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from maskdit_jax.benchmark.turns import Usage, measured
 from maskdit_jax.errors import UserError, first_line
 
 WARM_UP_STEPS = 3
+# JAX takes three quarters of a GPU by itself.
+MOST_OF_THE_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
 Block = Callable[..., None]  # run(steps), for torch run(steps, form)
+Served = tuple[dict[str, Any], Block, Callable[[], int]]
 
 
 class Worker:
@@ -29,8 +33,11 @@ class Worker:
       UserError: what the side said, or that it ended without a word.
     """
 
-    def __init__(self, name: str, spec: dict[str, Any]):
+    def __init__(self, name: str, spec: dict[str, Any], *, share: bool = False, platform: str = ""):
+        """share: with another process on the same GPU; platform: of JAX, where not the best there is."""
         self.name, self.peak_bytes = name, 0
+        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if share else MOST_OF_THE_MEMORY
+        chosen = {"JAX_PLATFORMS": platform} if platform else {}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed by `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "maskdit_jax.benchmark.worker"],
@@ -38,8 +45,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            # Two processes share a GPU: none may take most of its memory at once.
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env=memory | os.environ | chosen,
         )
         self.about = self._ask(spec)
 
@@ -75,48 +81,44 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(specs: dict[str, dict[str, Any]]) -> Iterator[dict[str, Worker]]:
+def workers(specs: dict[str, dict[str, Any]], *, share: bool = False) -> Iterator[dict[str, Worker]]:
     """A process for each of some sides by name, started one after the other; all end with the block."""
     started: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
         for name, spec in specs.items():
-            started[name] = Worker(name, spec)
+            started[name] = Worker(name, spec, share=share)
             stack.callback(started[name].close)
         yield started
 
 
-def serve(spec: dict[str, Any]) -> tuple[dict[str, Any], Block, Callable[[], int]]:
+def serve(spec: dict[str, Any]) -> Served:
     """Of the side of `spec`: what it is, its blocks, and its peak memory in bytes."""
     kept = False
-    if spec["keep_memory"]:
+    if spec.pop("keep_memory"):
         from maskdit_jax.allocator import keep_memory
 
         kept = keep_memory()
-    about, run, peak = (_torch_side if spec["side"] == "torch" else _our_side)(spec)
+    about, run, peak = SIDES[spec.pop("side")](spec)
     return about | {"keeps_memory": kept}, run, peak
 
 
-def _our_side(spec: dict[str, Any]) -> tuple[dict[str, Any], Block, Callable[[], int]]:
-    import jax
-
+def _our_side(spec: dict[str, Any]) -> Served:
     from maskdit_jax.benchmark.against_torch import torch_options
-    from maskdit_jax.benchmark.step import StepRun, allocator_peak
-    from maskdit_jax.config import resolve
-    from maskdit_jax.config_file import load
+    from maskdit_jax.benchmark.memory import allocator_peak, process_peak
+    from maskdit_jax.benchmark.side import Side
 
-    config = load(spec["config"], spec["overrides"])
-    config.training.batch_size = spec["batch"] or config.training.batch_size
-    config = resolve(config, device_count=jax.device_count())
-    options = torch_options(config)
-    side = StepRun(config)
-    side.run(WARM_UP_STEPS)
-    about = side.about() | {"torch_options": options}
-    return about, side.run, lambda: allocator_peak() or peak_of_process()
+    for_torch = spec.pop("torch_options", False)
+    side = Side(**spec)
+    options = {"torch_options": torch_options(side.resolved())} if for_torch else {}
+    run = side.start()
+    run.run(1 if side.sampling else WARM_UP_STEPS)
+    return run.about() | options, run.run, lambda: allocator_peak() or process_peak()
 
 
-def _torch_side(spec: dict[str, Any]) -> tuple[dict[str, Any], Block, Callable[[], int]]:
+def _torch_side(spec: dict[str, Any]) -> Served:
     import torch
 
+    from maskdit_jax.benchmark.memory import process_peak
     from maskdit_jax.benchmark.torch_step import TorchTraining
 
     options, device = spec["options"], "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +137,7 @@ def _torch_side(spec: dict[str, Any]) -> tuple[dict[str, Any], Block, Callable[[
             torch.cuda.synchronize()
 
     def peak() -> int:
-        return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
+        return torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
 
     about = {
         "torch": torch.__version__,
@@ -149,11 +151,37 @@ def _torch_side(spec: dict[str, Any]) -> tuple[dict[str, Any], Block, Callable[[
     return about, run, peak
 
 
-def peak_of_process() -> int:
-    """Most bytes of this process that were ever in memory (VmHWM)."""
-    with open("/proc/self/status") as status:
-        kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(kilobytes) * 1024
+def _parity_side(spec: dict[str, Any]) -> Served:
+    from maskdit_jax.benchmark.parity import write_outputs
+
+    return write_outputs(spec["precision"], spec["small"], Path(spec["folder"])), _no_blocks, lambda: 0
+
+
+def _compare_side(spec: dict[str, Any]) -> Served:
+    from maskdit_jax.benchmark.compare import compare
+    from maskdit_jax.benchmark.side import Side
+
+    sides = {name: Side(**side) for name, side in spec["sides"].items()}
+    return compare(sides, rounds=spec["rounds"], steps=spec["steps"]), _no_blocks, lambda: 0
+
+
+def _ceiling_side(spec: dict[str, Any]) -> Served:
+    from maskdit_jax.benchmark.ceiling import describe_device
+
+    return describe_device(), _no_blocks, lambda: 0
+
+
+def _no_blocks(steps: int) -> None:
+    """Of a side that is all said when it has started."""
+
+
+SIDES: dict[str, Callable[[dict[str, Any]], Served]] = {
+    "ours": _our_side,
+    "torch": _torch_side,
+    "parity": _parity_side,
+    "compare": _compare_side,
+    "ceiling": _ceiling_side,
+}
 
 
 def main() -> None:
