@@ -90,3 +90,5 @@ def test_what_the_torch_model_is_not_is_refused():
         torch_options(tiny_config(config="digits_maskdm_pretrain", devices=1))
     with pytest.raises(UserError, match=r"the torch step has no optimizer\.clip_norm"):
         torch_options(tiny_config({"optimizer.clip_norm": 1}, devices=1))
+    with pytest.raises(UserError, match=r"on a CPU torch computes in float32"):
+        torch_options(tiny_config({"compute.precision": "bfloat16"}, devices=1))

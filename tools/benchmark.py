@@ -96,7 +96,12 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError("give --config=FILE, --compare or --suite=JSON; --help explains them")
     if flags.sampling and modes and modes != ["compare"]:
         raise UserError(f"--sampling does not go with --{modes[0]}: it is for --config or --compare")
-    for name, needs in (("guidance_interval", "sampling"), ("peak", "compare"), ("pieces", "suite")):
+    for name, needs in (
+        ("guidance_interval", "sampling"),
+        ("peak", "compare"),
+        ("pieces", "suite"),
+        ("small", "suite"),
+    ):
         if getattr(flags, name) and not getattr(flags, needs):
             raise UserError(f"--{name} is for --{needs}: give it too")
     for name in ("json", "suite"):

@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from maskdit_jax.benchmark.turns import Block, ratio, spread, take_turns
 from maskdit_jax.benchmark.worker import Worker, workers
 from maskdit_jax.config import ConfigDict
@@ -30,6 +32,10 @@ def torch_options(config: ConfigDict) -> dict[str, Any]:
     ):
         if section[name.partition(".")[2]] != value:
             raise UserError(f"the torch step has no {name}: leave it at {value}")
+    if jax.default_backend() == "cpu" and config.compute.precision == "bfloat16":
+        raise UserError(
+            "compute.precision=bfloat16: on a CPU torch computes in float32; use compute.precision=float32"
+        )
     method = config.method.to_dict()
     network = {name: value for name, value in method["network"].items() if name != "size"}
     data = {name: config.data[name] for name in ("image_size", "channels", "num_classes")}

@@ -215,7 +215,8 @@ def _sampling(scale: Scale, small: bool) -> list[Case]:
 
 def _torch(scale: Scale, small: bool) -> list[Case]:
     batch = scale.equal[0] if small else 128
-    spec = _ours("MaskDiT", scale, small, batch=batch)
+    precision: dict[str, Any] = {"compute.precision": "float32"} if small else {}
+    spec = _ours("MaskDiT", scale, small, batch=batch, **precision)
 
     def run(form: str) -> dict[str, Any]:
         return compare_with_torch(spec, forms=(form,), rounds=ROUNDS, steps=1 if small else 10)
