@@ -26,6 +26,8 @@ def compare(sides: Mapping[str, Side], *, rounds: int, steps: int, peak: bool = 
     Raises:
       UserError: a configuration that cannot be.
     """
+    for side in sides.values():
+        side.resolved()  # what cannot be is said before anything is compiled
     peaks = {name: {PROCESS: _peak_of(name, side)} for name, side in sides.items()} if peak else {}
     runs: dict[str, Run] = {name: side.start() for name, side in sides.items()}
     for run in runs.values():
@@ -37,8 +39,8 @@ def compare(sides: Mapping[str, Side], *, rounds: int, steps: int, peak: bool = 
     found: dict[str, dict[str, Any]] = {}
     for name, usages in blocks.items():
         took = {field: list(spread([getattr(u, field) for u in usages])) for field in Usage._fields}
-        side = {"config": sides[name].config, "overrides": sides[name].overrides}
-        found[name] = side | runs[name].about() | took | {"images_per_s": 1 / took["wall_s"][0]}
+        what = {"config": sides[name].config, "overrides": sides[name].overrides}
+        found[name] = what | runs[name].about() | took | {"images_per_s": 1 / took["wall_s"][0]}
         found[name] |= peaks.get(name, {})
     first, *others = found
     return {
