@@ -24,12 +24,12 @@ class SamplingRun:
 
     def __init__(self, config: ConfigDict, guidance_interval: tuple[float, float] | None = None):
         self.batch_size = config.training.batch_size
-        self._interval = guidance_interval
+        self._interval = tuple(guidance_interval) if guidance_interval else None  # JSON has lists
         method, data, compute = method_of(config), shape_of(config), compute_of(config)
         params = jax.jit(lambda: init_params(method, data, compute, config.seed))()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         self.model = Model(config, params, mesh, Codec(config.data.space, config.data.latent_scale))
-        self.nfe = self.model.nfe(guidance_interval=guidance_interval)
+        self.nfe = self.model.nfe(guidance_interval=self._interval)
         self.flops_per_image = self.nfe * FLOPS_PER_MAC * inference_macs(config).total()
         started = time.monotonic()
         self.run(1)
