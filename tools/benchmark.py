@@ -53,11 +53,14 @@ def main() -> None:
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__)
+    # The forms above are lines of their own.
+    both: Any = (made.formatter_class, argparse.RawDescriptionHelpFormatter)
+    made.formatter_class = type("Help", both, {})  # type: ignore[assignment]
     made.add_argument("--config", default="", help="file such as configs/digits.py")
     made.add_argument("--batch", type=int, help="items per step; default: the config's")
-    made.add_argument("--blocks", type=int, default=5, help="blocks, or rounds, timed (default 5)")
-    made.add_argument("--steps", type=int, default=20, help="steps of a block (default 20)")
+    made.add_argument("--blocks", type=int, default=5, help="blocks, or rounds, timed")
+    made.add_argument("--steps", type=int, default=20, help="steps of a block")
     made.add_argument("--json", type=Path, help="file for the result")
     made.add_argument("--compile_only", action="store_true", help="compile from shapes, run nothing")
     made.add_argument("--compare", action="append", metavar="SIDE", help="once for each side; see above")
@@ -72,7 +75,7 @@ def parser() -> Parser:
     )  # fmt: skip
     made.add_argument("--suite", type=Path, metavar="JSON", help="everything, and a table beside it")
     made.add_argument("--pieces", help=f"of the suite; default: {','.join(PIECES)}")
-    made.add_argument("--limit_s", type=float, default=540, help="seconds for the suite (default 540)")
+    made.add_argument("--limit_s", type=float, default=540, help="seconds for the suite")
     made.add_argument("--small", action="store_true", help="the suite with tiny networks, to try it on a CPU")
     return made
 

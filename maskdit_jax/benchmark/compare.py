@@ -27,7 +27,7 @@ def compare(sides: Mapping[str, Side], *, rounds: int, steps: int, peak: bool = 
       UserError: a configuration that cannot be.
     """
     for side in sides.values():
-        side.resolved()  # what cannot be is said before anything is compiled
+        side.loaded()  # a slip is said before anything is compiled, or another process needs the device
     peaks = {name: {PROCESS: _peak_of(name, side)} for name, side in sides.items()} if peak else {}
     runs: dict[str, Run] = {name: side.start() for name, side in sides.items()}
     for run in runs.values():

@@ -13,6 +13,7 @@ from maskdit_jax.benchmark.step import StepRun
 from maskdit_jax.benchmark.turns import spread
 from maskdit_jax.config import ConfigDict, resolve
 from maskdit_jax.config_file import load
+from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import UserError
 
 Run = StepRun | SamplingRun
@@ -27,15 +28,25 @@ class Side(NamedTuple):
     sampling: bool = False
     guidance_interval: tuple[float, float] | None = None
 
+    def loaded(self) -> ConfigDict:
+        """The configuration; no device is touched.
+
+        Raises:
+          UserError: there is no such file or option.
+        """
+        config = load(self.config, self.overrides)
+        if self.batch is not None:
+            config.training.batch_size = self.batch
+        return config
+
     def resolved(self) -> ConfigDict:
         """The configuration for the devices that there are.
 
         Raises:
           UserError: it cannot be.
         """
-        config = load(self.config, self.overrides)
-        if self.batch is not None:
-            config.training.batch_size = self.batch
+        config = self.loaded()
+        check_devices()
         return resolve(config, device_count=jax.device_count())
 
     def start(self) -> Run:
