@@ -116,12 +116,12 @@ def test_takes_turns_with_torch(monkeypatch, tmp_path, capsys):
 @pytest.mark.processes
 def test_sides_of_one_process_are_compared_with_the_first(monkeypatch, tmp_path, capsys):
     file = tmp_path / "result.json"
-    sides = ["compute.remat=none", "digits compute.remat=full training.batch_size=4"]
+    sides = ["compute.remat=none", "digits compute.remat=full training.batch_size=16"]
     flags = [*TINY[:-1], *(f"--compare={side}" for side in sides), "--config.compute.unroll=none", "--peak"]
     call_tool(monkeypatch, "benchmark", *flags, "--blocks=3", "--steps=2", f"--json={file}")
     result, printed = json.loads(file.read_text()), capsys.readouterr().out
     first, second = (result["sides"][side] for side in sides)
-    assert (first["batch_size"], second["batch_size"]) == (128, 4)
+    assert (first["batch_size"], second["batch_size"]) == (128, 16)
     assert list(result["ratios"]) == sides[1:]
     ratios = result["ratios"][sides[1]]
     # Of an image, and without what is computed again.
@@ -146,7 +146,7 @@ def test_sampling_counts_what_guidance_costs(monkeypatch, tmp_path, capsys):
     assert result["utilisation"] == pytest.approx(
         result["images_per_s"] * result["flops_per_image"] / result["matmul_flops_per_s"] / jax.device_count()
     )
-    assert "of 5 evaluations of the network each" in capsys.readouterr().out
+    assert "images/s, 5 network evaluations each\n" in capsys.readouterr().out
 
 
 @pytest.mark.processes

@@ -127,10 +127,8 @@ def measure(flags: argparse.Namespace, common: Side) -> Result:
         return result, describe_comparison(result)
     if flags.sampling:
         result = measure_sampling(common, flags.blocks)
-        return (
-            result,
-            f"{result['images_per_s']:,.2f} images/s, {result['network_evaluations']} evaluations each",
-        )
+        nfe = result["network_evaluations"]
+        return result, f"{result['images_per_s']:,.2f} images/s, {nfe} network evaluations each"
     config = common.resolved()
     if flags.compile_only:
         compiled, seconds = compile_step(config, build(config))
