@@ -47,7 +47,15 @@ setup(
     ],
     extras_require={
         "test": [
-            *("pytest>=9", "ruff==0.17.5", "mypy==2.4.1", "setuptools>=70.1", "diffusers>=0.35"),
+            *(
+                "pytest>=9",
+                "ruff==0.17.5",
+                "mypy==2.4.1",
+                "setuptools>=70.1",
+                "diffusers>=0.35",
+                "nbclient>=0.10",
+                "ipykernel>=6",
+            ),
             *TORCH,
             *PLOTS,
         ],

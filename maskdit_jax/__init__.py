@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from maskdit_jax.data.vae import Autoencoder, load_autoencoder
     from maskdit_jax.evaluation.sample_card import evaluate_samples
     from maskdit_jax.exchange import export_torch, import_torch
+    from maskdit_jax.run import load_config, train
     from maskdit_jax.sample_files import write_samples
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "import_torch",
     "load",
     "load_autoencoder",
+    "load_config",
+    "train",
     "write_samples",
 ]
 
@@ -35,6 +38,8 @@ _HOMES = {
     "import_torch": "exchange",
     "load": "api",
     "load_autoencoder": "data.vae",
+    "load_config": "run",
+    "train": "run",
     "write_samples": "sample_files",
 }
 

@@ -36,7 +36,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     file = _find(path)
     config = _run(file, path)
-    _check_options(config, path)
+    check_known_options(config, path)
     for override in overrides:
         _apply(config, override)
     return config
@@ -177,8 +177,12 @@ def _nearest(error: BaseException) -> str:
     return f"; nearest: {shown(known(name, found, how_many=3), 150)}"
 
 
-def _check_options(config: ConfigDict, path: str) -> None:
-    """Every option of the method and of all methods is there, in the type of its default, and no other."""
+def check_known_options(config: ConfigDict, path: str) -> None:
+    """Every option of the method and of all methods is there, in the type of its default, and no other.
+
+    Raises:
+      UserError: the first that is not; `path` is what the message calls the configuration.
+    """
     found = leaves(config)
     method = found.get("method.name", next(iter(METHODS)))
     if not isinstance(method, str) or method not in METHODS:

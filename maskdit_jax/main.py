@@ -4,20 +4,14 @@ Exit codes: 0 finished, 2 an error of one line, 75 saved after SIGTERM or Ctrl-C
 run was lost; after 75 and 76 the same command goes on.
 """
 
-import contextlib
 from pathlib import Path
 
-import jax
-
-from maskdit_jax.config import described, resolve
+from maskdit_jax.config import described
 from maskdit_jax.config_file import load
 from maskdit_jax.distributed.hosts import add_flags, joined
 from maskdit_jax.errors import Parser, one_line_errors
-from maskdit_jax.files import locked
-from maskdit_jax.finish import finish
 from maskdit_jax.log import log_to_stdout
-from maskdit_jax.training.agreement import agree, check_same_folder, data_identity, run_options, this_process
-from maskdit_jax.training.loop import open_configured_source, train
+from maskdit_jax.run import train
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,17 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.workdir is None:
         parser.error("the following arguments are required: --workdir")
     with joined(flags) as peers:
-        config = resolve(load(flags.config, overrides), device_count=jax.device_count())
-        # Before the folder is touched: a refused run leaves nothing behind.
-        command = {"the command": "train", "--allow_changes": flags.allow_changes}
-        agree(command | this_process() | run_options(config, flags.workdir))
-        check_same_folder("--workdir", flags.workdir)
-        source = open_configured_source(config)
-        agree(data_identity(config, source))
-        first = jax.process_index() == 0
-        with locked(flags.workdir) if first else contextlib.nullcontext():
-            train(config, flags.workdir, source, peers, allow_changes=flags.allow_changes)
-            finish(flags.workdir)
+        config = load(flags.config, overrides)
+        train(config, flags.workdir, allow_changes=flags.allow_changes, peers=peers)
 
 
 if __name__ == "__main__":

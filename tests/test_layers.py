@@ -18,7 +18,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["benchmark"],
-    ["api", "exchange", "model_card", "finish", "sample_files", "seeds", "plots"],
+    ["api", "exchange", "model_card", "finish", "sample_files", "seeds", "plots", "run"],
     ["main", "sample", "evaluate", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,8 @@ import pytest
 from tiny import ROOT, arrays_of, call_tool, difference, refusal, steps_of
 from toy import Toy
 
-from maskdit_jax import main, sample
+import maskdit_jax
+from maskdit_jax import UserError, main, sample
 from maskdit_jax.methods import METHODS
 
 CONFIG = """
@@ -71,3 +72,17 @@ def test_another_network_or_option_of_the_toy_is_refused_by_name(config, tmp_pat
         capsys, main.main, [config, f"--workdir={workdir}", "--config.method.network.hidden_size=8"]
     )
     assert "method.network.hidden_size=8 here, 32 there" in line
+
+
+def test_python_trains_as_the_command_does(config, tmp_path):
+    """The same bits; an option that does not exist is refused before anything is written."""
+    file = config.removeprefix("--config=")
+    main.main([config, f"--workdir={tmp_path / 'command'}", "--config.training.num_steps=4"])
+    ours = maskdit_jax.load_config(file)
+    ours.training.num_steps = 4
+    maskdit_jax.train(ours, tmp_path / "python")
+    assert difference(arrays_of(tmp_path / "python"), arrays_of(tmp_path / "command")) == 0
+    ours.optimizer.lr = 1.0
+    with pytest.raises(UserError, match=r"there is no option 'optimizer\.lr'; nearest: optimizer\."):
+        maskdit_jax.train(ours, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
