@@ -7,6 +7,7 @@ from toy import Toy
 
 import maskdit_jax
 from maskdit_jax import UserError, main, sample
+from maskdit_jax.config import ConfigDict
 from maskdit_jax.methods import METHODS
 
 CONFIG = """
@@ -82,6 +83,7 @@ def test_python_trains_as_the_command_does(config, tmp_path):
     ours.training.num_steps = 4
     maskdit_jax.train(ours, tmp_path / "python")
     assert difference(arrays_of(tmp_path / "python"), arrays_of(tmp_path / "command")) == 0
+    ours = ConfigDict(ours.to_dict())  # unlike the one before, not locked
     ours.optimizer.lr = 1.0
     with pytest.raises(UserError, match=r"there is no option 'optimizer\.lr'; nearest: optimizer\."):
         maskdit_jax.train(ours, tmp_path / "wrong")
