@@ -226,8 +226,8 @@ CHANGES = {
     ),
     "several": (_three_at_once, ["1 missing", "1 unexpected: model.cls_token", "1 of another shape"]),
     "names of nobody": (
-        lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)],
-        ["no MaskDiT", "no model.x_embedder.proj.weight", "it has pos_embed, "],
+        lambda t: [t.update({f"nobody.{n}": t.pop(n)}) for n in list(t)],
+        ["no MaskDiT", "no model.x_embedder.proj.weight", "it has nobody.model.pos_embed, "],
     ),
     "no patches": (lambda t: t.pop("model.x_embedder.proj.weight"), ["no model.x_embedder.proj.weight"]),
     "no blocks": (
