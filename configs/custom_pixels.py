@@ -2,7 +2,8 @@
 
 Data: one sub-folder for each class, or images alone (then num_classes = 0); they are cut square and resized.
 Masked pre-training as it stands; afterwards fine-tune on whole images, the same or a few others:
---config.method.mask_type=none --config.init_from=DIR --config.init_weights=params --config.optimizer.learning_rate=5e-5
+--config.method.mask_type=none --config.init_from=DIR --config.init_weights=params
+--config.optimizer.learning_rate=5e-5
 Not run here.
 """
 

@@ -14,13 +14,13 @@ _KEEP = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
 
 
 def keep_memory() -> bool:
-    """With MASKDIT_JAX_KEEP_MEMORY=1, on a CPU, keep the memory that a step has freed; whether that is so now.
+    """With MASKDIT_JAX_KEEP_MEMORY=1, on a CPU, keep the memory that a step has freed; whether that is so.
 
-    XLA takes a step's memory from malloc, and glibc returns it to the system, which then fills every page
-    with zeros again. One heap that never shrinks spares that, but all threads wait for its lock: programs take
-    half as long again to compile, and small steps up to twice as long, so it has to be asked for. To be called
-    before JAX's devices are: a thread stays with the heap that it began with. Nothing is done where an
-    accelerator may be used, or where the C library is none that can do it.
+    XLA takes a step's memory from malloc, and glibc returns it to the system, which then fills every
+    page with zeros again. One heap that never shrinks spares that, but all threads wait for its lock:
+    programs take half as long again to compile and small steps up to twice as long, so it has to be
+    asked for. To be called before JAX's devices are: a thread stays with the heap that it began with.
+    Nothing is done where an accelerator may be used, or where the C library is none that can do it.
     """
     if os.environ.get(SWITCH) != "1":
         return False
