@@ -72,10 +72,9 @@ def test_loss_and_gradient_of_every_parameter():
     assert norms.keys() == expected.keys()
     for key, norm in expected.items():
         np.testing.assert_allclose(norms[key], norm, rtol=1e-4, atol=1e-7, err_msg=key)
-    # 1.15e-5 and 2.01e-5: at t = 0 the bound's gradient divides by what float32 leaves of a tail.
-    np.testing.assert_allclose(np.linalg.norm(list(norms.values())), LOSS["grad_global_norm"], rtol=2e-5)
-    assert_close(gradients["final_layer.linear.bias"], LOSS["grad_final_linear_bias"], 4e-5)
-    assert_close(gradients["x_embedder.proj.weight"], LOSS["grad_patch_proj"], 4e-5)
+    np.testing.assert_allclose(np.linalg.norm(list(norms.values())), LOSS["grad_global_norm"], rtol=1e-5)
+    assert_close(gradients["final_layer.linear.bias"], LOSS["grad_final_linear_bias"], 1e-5)
+    assert_close(gradients["x_embedder.proj.weight"], LOSS["grad_patch_proj"], 1e-5)
 
 
 def test_position_table_has_the_column_first():

@@ -101,10 +101,19 @@ def _log_likelihood(x: jax.Array, mean: jax.Array, inverse_std: jax.Array) -> ja
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
     """As the published models were trained with: Φ of the approximate GELU (arXiv 1606.08415, sec. 2)."""
-    y = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    # A tanh that is right to its last bit near 1, as XLA's is not: of what is left a logarithm is taken.
-    tanh = jnp.sign(y) * (1 - 2 / (1 + jnp.exp(2 * jnp.minimum(jnp.abs(y), 20))))
-    return 0.5 * (1 + tanh)
+    return 0.5 * (1 + _tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@jax.custom_jvp
+def _tanh(y: jax.Array) -> jax.Array:
+    """Right to its last bit near 1, as XLA's is not: of what is left a logarithm is taken."""
+    return jnp.sign(y) * (1 - 2 / (1 + jnp.exp(2 * jnp.minimum(jnp.abs(y), 20))))
+
+
+@_tanh.defjvp
+def _tanh_jvp(primals, tangents):
+    value = _tanh(*primals)
+    return value, (1 - value**2) * tangents[0]  # of the rounded value, as the logarithm's argument is
 
 
 def variance_denoiser(network: Network, levels: np.ndarray) -> Denoiser:
