@@ -34,6 +34,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "tensorflow-datasets>=4.9.10",
         "ml-collections>=1.1",
+        "clu>=0.0.12",
         "numpy>=2",
         "grain>=0.2.18",
         "scikit-learn>=1.5",

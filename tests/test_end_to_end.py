@@ -109,6 +109,8 @@ def test_tensorboard_file_holds_scalars_and_samples(run):
     assert len(events.Tensors("mask_ratio")) == NUM_STEPS
     (text,) = events.Tensors("configuration")
     assert b"--config.optimizer.learning_rate=0.001  # after" in make_ndarray(text.tensor_proto)[0]
+    (table,) = events.Tensors("parameters")
+    assert b"encoder/layers/attention/qkv/kernel" in make_ndarray(table.tensor_proto)[0]
     assert [event.step for event in events.Tensors("card/guided/class_share")] == [NUM_STEPS]
     assert [event.step for event in events.Tensors("final_samples")] == [NUM_STEPS]
     images = events.Tensors("samples")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from clu.parameter_overview import get_parameter_overview
 
 from maskdit_jax.config import ConfigDict, described, method_of, shape_of
 from maskdit_jax.data.pipeline import batches, to_devices
@@ -162,7 +163,9 @@ def _reporter(
         # The boards first: what they lack is said before anything is written.
         boards = open_boards(workdir, config)
         sinks = Sinks([*boards, MetricsFile(workdir / METRICS, first_step)])
-        sinks.text(first_step, "configuration", "\n".join(f"    {line}" for line in described(config)))
+        parameters = get_parameter_overview(training.state_shapes.params, include_stats=False)
+        for name, lines in (("configuration", described(config)), ("parameters", parameters.splitlines())):
+            sinks.text(first_step, name, "\n".join(f"    {line}" for line in lines))
 
     def also(step: int, skipped: int) -> dict[str, float]:
         return {
