@@ -103,7 +103,7 @@ def activation_table(config: ConfigDict) -> tuple[list[str], dict[str, dict[str,
 
 def compared_by_default() -> list[str]:
     """MaskDiT, and the methods that its paper compares it with."""
-    return [name for name in (PUBLISHED_AT[0], *PUBLISHED) if name in METHODS]
+    return [PUBLISHED_AT[0], *PUBLISHED]
 
 
 def compare(methods: Sequence[str], size: str, image_sizes: Sequence[int]) -> tuple[list[str], list[dict]]:
