@@ -8,7 +8,6 @@ Exit codes: 0 done, or certified; 1 numbers that differ from the published ones;
 import sys
 from pathlib import Path
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, UserError, one_line_errors
 from maskdit_jax.evaluation import certify
@@ -44,7 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     flags = parser.parse_args(arguments)
     log_to_stdout()
-    keep_memory()
     keep_programs()
     with one_line_errors():
         check_devices()

@@ -8,7 +8,7 @@ from tiny import ROOT, command_environment
 
 # A line may import from the lines above it; within a line anything goes.
 LAYERS = [
-    ["errors", "log", "files", "options", "allocator", "program_cache"],
+    ["errors", "log", "files", "options", "program_cache"],
     ["models"],
     ["diffusion"],
     ["methods"],

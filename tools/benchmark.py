@@ -5,6 +5,7 @@ Several, in turn:     benchmark.py --compare=in256 --compare=in256_dit --batch=6
                       benchmark.py --config=in256 --compare=compute.remat=none --compare="compute.remat=mlp ema.decay=0.99"
 A side of --compare is a configuration, options that differ (section.key=value), or both, with spaces between;
 --config.section.key=value holds for all of them. The first is what the others are compared with.
+The training loop:    benchmark.py --config=digits --loop --blocks=9 --steps=50
 Sampling:             benchmark.py --config=in256 --batch=64 --sampling --config.sampling.num_steps=40
 Beside torch:         benchmark.py --config=in256 --batch=128 --torch=eager,compiled
 A new GPU:            benchmark.py --suite=gpu.json
@@ -15,9 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.benchmark import compare
 from maskdit_jax.benchmark.against_torch import FORMS, compare_with_torch, describe_comparison
+from maskdit_jax.benchmark.in_loop import compare_loop, describe_loop
 from maskdit_jax.benchmark.side import Side, measure_sampling, parse_sides
 from maskdit_jax.benchmark.step import benchmark, compile_step, describe_program
 from maskdit_jax.benchmark.suite import PIECES, run_suite
@@ -31,7 +32,6 @@ Result = tuple[dict[str, Any], str]  # for a file, and for a person
 
 def main() -> None:
     flags, overrides = parser().parse_known_args()
-    keep_memory()
     log_to_stdout()
     with one_line_errors():
         check(flags)
@@ -67,6 +67,9 @@ def parser() -> Parser:
     made.add_argument(
         "--peak", action="store_true", help="of --compare: also peak memory, of each side alone in a process"
     )
+    made.add_argument(
+        "--loop", action="store_true", help="the training loop, with its data, beside the bare step"
+    )
     made.add_argument("--sampling", action="store_true", help="samples instead of training steps")
     made.add_argument("--guidance_interval", type=interval, metavar="LOW,HIGH", help="of --sampling")
     made.add_argument(
@@ -92,7 +95,7 @@ def check(flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
-    modes = [name for name in ("compare", "torch", "compile_only", "suite") if getattr(flags, name)]
+    modes = [name for name in ("compare", "torch", "loop", "compile_only", "suite") if getattr(flags, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} do not go together: give one")
     if not (flags.config or flags.compare or flags.suite):
@@ -125,6 +128,9 @@ def measure(flags: argparse.Namespace, common: Side) -> Result:
             raise UserError(f"--torch={flags.torch}: expected eager, compiled or both, with a comma")
         result = compare_with_torch(common._asdict(), forms=forms, rounds=flags.blocks, steps=flags.steps)
         return result, describe_comparison(result)
+    if flags.loop:
+        result = compare_loop(common, rounds=flags.blocks, steps=flags.steps)
+        return result, describe_loop(result)
     if flags.sampling:
         result = measure_sampling(common, flags.blocks)
         nfe = result["network_evaluations"]

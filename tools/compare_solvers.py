@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.api import load
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.data.sources import Digits, parse_digits
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
     log_to_stdout()
-    keep_memory()
     with one_line_errors():
         check_devices()
         for name, least in (("seeds", 1), ("frechet", 0), ("batch_size", 1)):

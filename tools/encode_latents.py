@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.data.encoding import DTYPES, Encoding, encode_images
 from maskdit_jax.data.image_sets import open_image_set
 from maskdit_jax.data.vae import load_autoencoder
@@ -28,7 +27,6 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="I/N: every N-th shard, for one of N processes")
     flags = parser.parse_args()
     log_to_stdout()
-    keep_memory()
     with one_line_errors():
         check_devices()
         how = {name: getattr(flags, name) for name in Encoding._fields if name != "part"}

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.config import FEATURES
 from maskdit_jax.distributed.hosts import check_devices
 from maskdit_jax.errors import Parser, one_line_errors
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=4, help="that read")
     flags = parser.parse_args()
     log_to_stdout()
-    keep_memory()
     with one_line_errors():
         check_devices()
         save_reference(**vars(flags))

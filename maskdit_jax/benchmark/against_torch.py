@@ -1,5 +1,6 @@
 """Our training step and plain torch's of the same architecture, taking turns in processes of their own."""
 
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ from maskdit_jax.training.build import build
 
 FORMS = ("eager", "compiled")
 OURS = "maskdit_jax"
-SAME = ", our allocator settings"
 
 
 def torch_options(config: ConfigDict) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def compare_with_torch(
 ) -> dict[str, Any]:
     """Time our step, `ours` as `Side` has it, and torch's of the same configuration, block by block in turn.
 
-    Every side is a process that has all cores while it is its turn. Where ours has allocator settings
-    (`maskdit_jax.allocator`) torch runs twice, as it is and with these.
+    Every side is a process that has all cores while it is its turn. The first step of a turn is not
+    measured: it pays for the caches and the memory that the other side has taken.
 
     Returns:
       sides: what each took for a step (wall_s, cpu_s, page_faults: median, least, largest), images_per_s,
@@ -69,36 +69,27 @@ def compare_with_torch(
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("torch is not installed: pip install '.[torch]'")
-    spec = {"side": "ours", "keep_memory": True, "torch_options": True, **ours}
+    spec = {"side": "ours", "torch_options": True, **ours}
     with workers({OURS: spec}, share=True) as our_side:
-        about = our_side[OURS].about
-        options = about.pop("torch_options")
-        torch = {"side": "torch", "options": options, "forms": list(forms)}
-        specs = {"": torch | {"keep_memory": False}}
-        if about["keeps_memory"]:
-            specs[SAME] = torch | {"keep_memory": True}
-        with workers({f"torch{name}": spec for name, spec in specs.items()}, share=True) as torch_sides:
-            sides = {OURS: our_side[OURS]} | torch_sides
+        options = our_side[OURS].about.pop("torch_options")
+        spec = {"side": "torch", "options": options, "forms": list(forms)}
+        with workers({"torch": spec}, share=True) as torch_side:
+            sides = our_side | torch_side
             return {"about": {name: side.about for name, side in sides.items()}} | _measure(
-                sides, forms, rounds, steps
+                sides[OURS], sides["torch"], forms, rounds, steps
             )
 
 
-def _measure(sides: dict[str, Worker], forms: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
-    runs: dict[str, Block] = {OURS: sides[OURS].block}
-    owner = {OURS: OURS}
-    for name, side in list(sides.items())[1:]:
-        for form in forms:
-            label = name.replace("torch", f"torch {form}")
-            runs[label] = lambda steps, side=side, form=form: side.block(steps, form=form)  # type: ignore[misc]
-            owner[label] = name
+def _measure(ours: Worker, torch: Worker, forms: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+    runs: dict[str, Block] = {OURS: functools.partial(ours.block, warm_up=1)}
+    runs |= {f"torch {form}": functools.partial(torch.block, warm_up=1, form=form) for form in forms}
     usages = take_turns(runs, rounds, steps)
     result: dict[str, Any] = {"rounds": rounds, "steps": steps, "sides": {}, "ratios": {}}
     for label, blocks in usages.items():
         took = {field: list(spread([getattr(b, field) for b in blocks])) for field in blocks[0]._fields}
         result["sides"][label] = took | {
-            "images_per_s": sides[OURS].about["batch_size"] / took["wall_s"][0],
-            "peak_bytes": sides[owner[label]].peak_bytes,
+            "images_per_s": ours.about["batch_size"] / took["wall_s"][0],
+            "peak_bytes": (ours if label == OURS else torch).peak_bytes,
         }
         if label != OURS:
             result["ratios"][label] = {

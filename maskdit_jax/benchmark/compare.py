@@ -56,7 +56,7 @@ def compare(sides: Mapping[str, Side], *, rounds: int, steps: int, peak: bool = 
 
 
 def _peak_of(name: str, side: Side) -> int:
-    worker = Worker(name, {"side": "ours", "keep_memory": True} | side._asdict())
+    worker = Worker(name, {"side": "ours"} | side._asdict())
     try:
         worker.block(1)
         return worker.peak_bytes

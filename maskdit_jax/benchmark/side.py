@@ -45,7 +45,14 @@ class Side(NamedTuple):
         Raises:
           UserError: it cannot be.
         """
-        config = self.loaded()
+        return self.resolve(self.loaded())
+
+    def resolve(self, config: ConfigDict) -> ConfigDict:
+        """`config`, as `loaded` gives it, for the devices that there are.
+
+        Raises:
+          UserError: it cannot be.
+        """
         check_devices()
         return resolve(config, device_count=jax.device_count())
 

@@ -109,7 +109,7 @@ def _ours(
 
 def _measured(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Blocks of a side alone in a process, of so many steps that all of them take about `seconds`."""
-    with contextlib.closing(Worker("process", {"side": "ours", "keep_memory": True, **spec})) as worker:
+    with contextlib.closing(Worker("process", {"side": "ours", **spec})) as worker:
         about, trial = worker.about, worker.block(1)
         steps = min(max(round(seconds / ROUNDS / trial.wall_s), 1), 100)
         step_s = spread([worker.block(steps).wall_s for _ in range(ROUNDS)])
@@ -125,7 +125,7 @@ def _measured(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 def _asked(spec: dict[str, Any], platform: str = "") -> dict[str, Any]:
     """What a process says that is started with `spec`, and then ends."""
-    with contextlib.closing(Worker("process", spec | {"keep_memory": True}, platform=platform)) as worker:
+    with contextlib.closing(Worker("process", spec, platform=platform)) as worker:
         return worker.about
 
 

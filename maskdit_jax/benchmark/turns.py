@@ -28,11 +28,20 @@ Block = Callable[[int], Usage]  # of so many steps, waited for
 
 def measured(run: Callable[[int], None], steps: int) -> Usage:
     """What a step of `run(steps)`, which returns when all are done, took this process."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    began = clock()
     run(steps)
-    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Usage(wall / steps, cpu / steps, (after.ru_minflt - before.ru_minflt) / steps)
+    return since(began, steps)
+
+
+def clock() -> Usage:
+    """What this process has taken up to now; its wall time has no beginning."""
+    taken = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(time.monotonic(), taken.ru_utime + taken.ru_stime, taken.ru_minflt)
+
+
+def since(began: Usage, steps: int) -> Usage:
+    """What each of so many steps took since then."""
+    return Usage(*((now - then) / steps for now, then in zip(clock(), began)))
 
 
 def take_turns(sides: Mapping[str, Block], rounds: int, steps: int) -> dict[str, list[Usage]]:

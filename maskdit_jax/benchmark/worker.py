@@ -49,8 +49,10 @@ class Worker:
         )
         self.about = self._ask(spec)
 
-    def block(self, steps: int, **what: Any) -> Usage:
-        """So many steps, measured by the side itself."""
+    def block(self, steps: int, *, warm_up: int = 0, **what: Any) -> Usage:
+        """So many steps, measured by the side itself, after others that are not."""
+        if warm_up:
+            self._ask({"steps": warm_up} | what)
         answer = self._ask({"steps": steps} | what)
         self.peak_bytes = answer["peak_bytes"]
         return Usage(*answer["usage"])
@@ -93,13 +95,7 @@ def workers(specs: dict[str, dict[str, Any]], *, share: bool = False) -> Iterato
 
 def serve(spec: dict[str, Any]) -> Served:
     """Of the side of `spec`: what it is, its blocks, and its peak memory in bytes."""
-    kept = False
-    if spec.pop("keep_memory"):
-        from maskdit_jax.allocator import keep_memory
-
-        kept = keep_memory()
-    about, run, peak = SIDES[spec.pop("side")](spec)
-    return about | {"keeps_memory": kept}, run, peak
+    return SIDES[spec.pop("side")](spec)
 
 
 def _our_side(spec: dict[str, Any]) -> Served:

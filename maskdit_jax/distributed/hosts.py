@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdit_jax.allocator import keep_memory
 from maskdit_jax.distributed import peers
 from maskdit_jax.distributed.handshake import bind_address, listen
 from maskdit_jax.distributed.peers import PEER_LOST, Peers
@@ -68,7 +67,6 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers]:
     Errors end it as `one_line_errors` says, and the other processes with it (exit code 76, of `Refused`
     2). Only process 0 reports.
     """
-    keep_memory()
     keep_programs()
     with one_line_errors():
         several = _initialize(flags)
