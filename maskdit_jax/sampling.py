@@ -152,14 +152,29 @@ class Model:
                 self.params,
                 weak.params if weak else None,
                 *(to_mesh(x, batch_sharding(self.mesh)) for x in filled),
-                mesh=self.mesh,
-                network=self._network,
-                weak_network=weak._network if weak else None,
-                image_shape=self.image_shape,
-                options=sampler,
+                **self._program(weak, sampler),
             )
             images.append(to_host(self.codec.images(batch))[: len(seed_array[part])])
         return np.concatenate(images)
+
+    def lower(self, *, batch_size: int = 16, **options: Any) -> jax.stages.Lowered:
+        """The program of `sample` for calls of `batch_size` images on each device, to look at or to compile.
+
+        The parameters may be shapes here, and the devices a topology's.
+        """
+        sharding, count = batch_sharding(self.mesh), batch_size * self.mesh.size
+        seeds, labels = (jax.ShapeDtypeStruct((count,), t, sharding=sharding) for t in (np.uint32, np.int32))
+        program = self._program(None, self.sampler_options(**options))
+        return _sample.lower(self.params, None, seeds, labels, **program)
+
+    def _program(self, weak: "Model | None", options: SamplerOptions) -> dict[str, Any]:
+        return {
+            "mesh": self.mesh,
+            "network": self._network,
+            "weak_network": weak._network if weak else None,
+            "image_shape": self.image_shape,
+            "options": options,
+        }
 
     @property
     def makes_pixels(self) -> bool:

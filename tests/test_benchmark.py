@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -133,6 +134,23 @@ def test_sides_of_one_process_are_compared_with_the_first(monkeypatch, tmp_path,
     assert re.search(rf"\n{sides[1]} .* time \d.*FLOPs 1.00, program 0\.\d\d, peak", printed)
 
 
+@pytest.mark.slow
+def test_the_loop_takes_turns_with_the_bare_step(monkeypatch, tmp_path, capsys):
+    """A real run with its data, of which nothing is left; its compilation is in no block."""
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flags = ["--loop", "--blocks=3", "--steps=4", f"--json={file}", "--config.compute.unroll=none"]
+    call_tool(monkeypatch, "benchmark", *TINY, *flags)
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert "step 16/16" in printed and list(tmp_path.iterdir()) == [file]
+    low, high = (
+        result["step"]["wall_s"][i] / result["loop"]["wall_s"][3 - i] for i in (1, 2)
+    )  # of any two blocks
+    assert low <= result["ratios"]["wall_s"][1] <= result["ratios"]["wall_s"][2] <= high
+    assert result["loop"]["wall_s"][2] < 2
+    assert f"the loop runs at {result['ratios']['wall_s'][0]:.3f} " in printed
+
+
 @pytest.mark.processes
 def test_sampling_counts_what_guidance_costs(monkeypatch, tmp_path, capsys):
     """Of four Euler steps from sigma 80 to 0.002 the interval guides the one at 9.7."""
@@ -195,6 +213,7 @@ WRONG = {
     "--config=digits --batch=0": "--batch=0 must be at least 1",
     "--config=digits --torch=lazy": "--torch=lazy: expected eager, compiled or both",
     "--config=digits --torch --compile_only": "--torch and --compile_only do not go together",
+    "--config=digits --loop --torch": "--torch and --loop do not go together",
     "--config=digits --peak": "--peak is for --compare",
     "--config=digits --guidance_interval=1,2": "--guidance_interval is for --sampling",
     "--config=digits --guidance_interval=1": "invalid interval value: '1'",

@@ -102,6 +102,7 @@ def test_loss_terms():
     np.testing.assert_allclose(1000 * bound, ARRAYS["hybrid/kl/loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bound_teaches_the_variance_alone():
     clean, noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)) * 0.3
     t = jnp.array([0, 300, 999])

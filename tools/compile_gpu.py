@@ -1,4 +1,4 @@
-"""The training step of any config compiled for a GPU that is not there: memory, traffic, FLOPs, kernels.
+"""A config's training step, or sampler, compiled for a GPU that is not there: memory, traffic, kernels.
 
 Needs the wheels of JAX for CUDA, and no GPU: docs/performance.md.
 """
@@ -17,6 +17,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, help="items per step, of all devices; default: the config's")
+    parser.add_argument("--sampling", action="store_true", help="the sampler, for --batch images")
     parser.add_argument("--gpu", default="h200", help=f"kind: {', '.join(GPUS)} (default h200)")
     parser.add_argument("--devices", type=int, default=1, help="how many (default 1)")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -35,7 +36,8 @@ def main() -> None:
         if flags.batch is not None:
             config.training.batch_size = flags.batch
         config = resolve(config, device_count=flags.devices)
-        result, program = compile_for(config, flags.gpu, topology_devices(flags.gpu, flags.devices))
+        devices = topology_devices(flags.gpu, flags.devices)
+        result, program = compile_for(config, flags.gpu, devices, sampling=flags.sampling)
         text = json.dumps({"config": flags.config, "overrides": overrides} | result, indent=1)
         for file, content in ((flags.json, text), (flags.text, program)):
             if file:

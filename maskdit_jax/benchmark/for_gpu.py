@@ -1,4 +1,4 @@
-"""The training step compiled for a GPU that is not there: its memory, traffic and kernels, not its times."""
+"""A step or a sampler compiled for a GPU that is not there: memory, traffic and kernels, not times."""
 
 import os
 import time
@@ -9,7 +9,10 @@ from jax.experimental import topologies
 
 from maskdit_jax.benchmark.program import read_program
 from maskdit_jax.config import ConfigDict
+from maskdit_jax.data.codec import Codec
+from maskdit_jax.distributed.mesh import whole_sharding
 from maskdit_jax.errors import UserError, first_line
+from maskdit_jax.sampling import Model
 from maskdit_jax.training.build import batch_shapes, build
 
 WHEELS = "jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cudnn-cu13"
@@ -56,17 +59,19 @@ def topology_devices(gpu: str, count: int) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def compile_for(config: ConfigDict, gpu: str, devices: list[jax.Device]) -> tuple[dict[str, Any], str]:
+def compile_for(
+    config: ConfigDict, gpu: str, devices: list[jax.Device], *, sampling: bool = False
+) -> tuple[dict[str, Any], str]:
     """The step of a resolved configuration, compiled for those devices: what it does, and its text.
+
+    With `sampling` it is the sampler of the section `sampling`, for as many images as the step has.
 
     Bytes and FLOPs are of one device. The configuration says compute.attention and compute.unroll, whose
     "auto" asks for the GPU that is there. predicted_s: the longer of memory traffic and matrix products at
     the measured ceilings, and their sum, between which a step should lie that does nothing else.
     """
-    training, batch = build(config, devices), config.training.batch_size
-    started = time.monotonic()
-    shapes = batch_shapes(config, training.mesh, batch)
-    lowered = training.step.lower(training.state_shapes, shapes, training.num_keep(0))
+    batch, started = config.training.batch_size, time.monotonic()
+    lowered = _lowered_sampler(config, devices) if sampling else _lowered_step(config, devices)
     compiled = lowered.compile(compiler_options=dict(COMPILER_OPTIONS))
     seconds, text = time.monotonic() - started, str(compiled.as_text())
     memory: Any = compiled.memory_analysis()
@@ -88,3 +93,19 @@ def compile_for(config: ConfigDict, gpu: str, devices: list[jax.Device]) -> tupl
         "predicted_s": [max(times), sum(times)],
         **program,
     }, text
+
+
+def _lowered_step(config: ConfigDict, devices: list[jax.Device]) -> jax.stages.Lowered:
+    training = build(config, devices)
+    shapes = batch_shapes(config, training.mesh, config.training.batch_size)
+    return training.step.lower(training.state_shapes, shapes, training.num_keep(0))
+
+
+def _lowered_sampler(config: ConfigDict, devices: list[jax.Device]) -> jax.stages.Lowered:
+    training = build(config, devices)
+    whole = whole_sharding(training.mesh)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), training.state_shapes.params
+    )
+    model = Model(config, params, training.mesh, Codec(config.data.space, config.data.latent_scale))
+    return model.lower(batch_size=config.training.batch_size // len(devices))

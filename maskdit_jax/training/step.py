@@ -71,19 +71,18 @@ def update(
     ema_rules: Mapping[str, EmaRule],
 ) -> TrainState:
     """The state after one update; where it was not `finite`, only its counters move."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = {name: rule(state.ema[name], params, state.step + 1) for name, rule in ema_rules.items()}
 
-    def keep_if_finite(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    def advanced(state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = {name: rule(state.ema[name], params, state.step + 1) for name, rule in ema_rules.items()}
+        return state._replace(params=params, ema=ema, opt_state=opt_state)
 
+    # A branch, and not a choice between old and new arrays: for that XLA copies what it could overwrite.
+    state = jax.lax.cond(finite, advanced, lambda state: state, state)
     skipped = 1 - finite.astype(jnp.int32)
-    return TrainState(
+    return state._replace(
         step=state.step + 1,
-        params=keep_if_finite(params, state.params),
-        ema=keep_if_finite(ema, state.ema),
-        opt_state=keep_if_finite(opt_state, state.opt_state),
         nonfinite_in_row=(state.nonfinite_in_row + 1) * skipped,
         nonfinite_total=state.nonfinite_total + skipped,
     )
