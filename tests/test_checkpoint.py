@@ -112,7 +112,9 @@ def saved_and_restored(state, workdir, config, shapes):
     return checkpoints.restore(int(state.step), checkpoints.meta(int(state.step)), shapes)
 
 
-@pytest.mark.parametrize("older", [lambda chain: chain, without_clip], ids=["clipped", "not"])
+@pytest.mark.parametrize(
+    "older", [pytest.param(lambda chain: chain, marks=pytest.mark.slow), without_clip], ids=["clipped", "not"]
+)
 def test_state_saved_before_clipping_was_always_in_it_is_read(older, fresh, tmp_path):
     """Then it was there only where a run clipped."""
     config, shapes, state = fresh
@@ -125,7 +127,12 @@ def test_state_saved_before_clipping_was_always_in_it_is_read(older, fresh, tmp_
 @pytest.mark.parametrize(
     ("item", "other", "expected"),
     [
-        ("opt_state", optax.trace(0.9).init, r"1\.0\.count is missing, expected int32\[\]"),
+        pytest.param(
+            "opt_state",
+            optax.trace(0.9).init,
+            r"1\.0\.count is missing, expected int32\[\]",
+            marks=pytest.mark.slow,
+        ),
         (
             "params",
             lambda params: params | {"more": np.zeros(3, "f")},
@@ -141,6 +148,7 @@ def test_state_of_other_arrays_is_called_so_and_not_damaged(item, other, expecte
         saved_and_restored(saved, tmp_path, config, shapes)
 
 
+@pytest.mark.slow
 def test_compressed_checkpoints_of_before_load(run, tmp_path, monkeypatch):
     meta = Checkpoints(run).meta(9)
     model = load_model(run)

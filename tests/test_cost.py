@@ -79,7 +79,8 @@ def test_activations_of_xl2(remat, arrays):
     assert (kept[Key("decoder", ATTENTION)] > 0) == (remat == "none")
 
 
-@pytest.mark.parametrize("side", [32, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("name", [name for name in compared_by_default() if name != "maskdit"])
 def test_dit_and_mdt_xl2(name, side):
     """MDT's step is two passes, the second of 70 % of the patches."""

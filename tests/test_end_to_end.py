@@ -88,6 +88,7 @@ def test_card_holds_finite_numbers_of_the_last_step(run):
     assert card["classifier_accuracy_on_held_out"] > 0.95
 
 
+@pytest.mark.slow
 def test_tensorboard_file_holds_scalars_and_samples(run):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -200,6 +201,7 @@ def test_an_earlier_step_guides_by_the_command(run, tmp_path):
     assert (about["step"], about["weak"]["step"]) == (6, 4)
 
 
+@pytest.mark.slow
 def test_from_a_run_to_the_card_of_its_samples(run, tmp_path, monkeypatch, capsys):
     """sample → reference_stats → evaluate, as README has them."""
     out, reference = tmp_path / "samples", tmp_path / "digits.npz"
@@ -221,6 +223,7 @@ def test_from_a_run_to_the_card_of_its_samples(run, tmp_path, monkeypatch, capsy
     assert Image.open(out / "card.png").size[0] > 8 * 8
 
 
+@pytest.mark.slow
 def test_load_gives_the_ema_unless_asked_for_the_weights(run):
     state, _ = restored(run)
     assert_identical(load(run).params, state.ema["ema"])
@@ -310,12 +313,14 @@ def latents_run(finished, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["png", "grid", "npz,png"])
 def test_pictures_of_latents_are_refused(latents_run, capsys, tmp_path, name):
     flags = [f"--workdir={latents_run}", f"--out={tmp_path / 'out'}", f"--format={name}"]
     assert "makes latents, which have no pixels; use npz" in refusal(capsys, sample.main, flags)
 
 
+@pytest.mark.slow
 def test_latents_are_written_as_floats(latents_run, run, tmp_path):
     sample.main([f"--workdir={latents_run}", f"--out={tmp_path}", "--seeds=0-5"])
     written = np.load(tmp_path / "samples.npz")["arr_0"]

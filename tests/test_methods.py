@@ -33,6 +33,7 @@ def config(tmp_path, monkeypatch):
     return f"--config={file}"
 
 
+@pytest.mark.slow
 def test_a_toy_method_trains_resumes_and_samples_and_is_not_exported(config, tmp_path, monkeypatch, capsys):
     """Under 80 lines; stopped and resumed bit-identical; its own metric is reported; one line on export."""
     assert len((ROOT / "tests" / "toy.py").read_text().splitlines()) < 80
@@ -75,6 +76,7 @@ def test_another_network_or_option_of_the_toy_is_refused_by_name(config, tmp_pat
     assert "method.network.hidden_size=8 here, 32 there" in line
 
 
+@pytest.mark.slow
 def test_python_trains_as_the_command_does(config, tmp_path):
     """The same bits; an option that does not exist is refused before anything is written."""
     file = config.removeprefix("--config=")

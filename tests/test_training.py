@@ -137,6 +137,7 @@ def test_keeping_every_token_in_any_order_equals_the_unmasked_path(network):
     )
 
 
+@pytest.mark.slow
 def test_hidden_patches_get_no_denoising_gradient():
     """The denoising term does not depend on the prediction at hidden patches."""
     batch = batch_of(4)
