@@ -74,8 +74,14 @@ def to_devices(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global arrays of the batches, `ahead` of them sent before they are asked for."""
     queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def send(batch: Batch) -> dict[str, jax.Array]:
+        if sharding.is_fully_addressable:
+            return jax.device_put(batch, sharding)  # all arrays in one call, which takes half the time
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
     for batch in host_batches:
         with jax.transfer_guard("allow"):  # these copies are meant; a guard set outside is for others
-            queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+            queue.append(send(batch))
         if len(queue) > ahead:
             yield queue.popleft()

@@ -1,5 +1,6 @@
 """One training step: a pure function of the state and a batch, the same for every method."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,8 +79,14 @@ def update(
         ema = {name: rule(state.ema[name], params, state.step + 1) for name, rule in ema_rules.items()}
         return state._replace(params=params, ema=ema, opt_state=opt_state)
 
-    # A branch, and not a choice between old and new arrays: for that XLA copies what it could overwrite.
-    state = jax.lax.cond(finite, advanced, lambda state: state, state)
+    def branch(state: TrainState) -> TrainState:
+        return jax.lax.cond(finite, advanced, lambda state: state, state)
+
+    def choice(state: TrainState) -> TrainState:
+        return jax.tree.map(functools.partial(jnp.where, finite), advanced(state), state)
+
+    # XLA copies the state before it is updated, on a CPU for a choice and on a GPU for a branch.
+    state = jax.lax.platform_dependent(state, cpu=branch, default=choice)
     skipped = 1 - finite.astype(jnp.int32)
     return state._replace(
         step=state.step + 1,
