@@ -85,6 +85,7 @@ def test_an_option_that_the_run_did_not_have_yet_counts_as_its_default(saved):
         check_changes(older, tiny_config({"init_weights": "ema"}), "runs/x", allow=False)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_another_seed_and_goes_on_where_it_is_allowed(run, capsys):
     before = all_files(run)
     flags = [f"--workdir={run}", *tiny_flags(REPORTED), "--config.seed=1"]

@@ -18,7 +18,6 @@ from typing import Any
 
 from maskdit_jax.benchmark import compare
 from maskdit_jax.benchmark.against_torch import FORMS, compare_with_torch, describe_comparison
-from maskdit_jax.benchmark.in_loop import compare_loop, describe_loop
 from maskdit_jax.benchmark.side import Side, measure_sampling, parse_sides
 from maskdit_jax.benchmark.step import benchmark, compile_step, describe_program
 from maskdit_jax.benchmark.suite import PIECES, run_suite
@@ -129,6 +128,9 @@ def measure(flags: argparse.Namespace, common: Side) -> Result:
         result = compare_with_torch(common._asdict(), forms=forms, rounds=flags.blocks, steps=flags.steps)
         return result, describe_comparison(result)
     if flags.loop:
+        # Of all forms this alone needs what reads data and logs.
+        from maskdit_jax.benchmark.in_loop import compare_loop, describe_loop
+
         result = compare_loop(common, rounds=flags.blocks, steps=flags.steps)
         return result, describe_loop(result)
     if flags.sampling:

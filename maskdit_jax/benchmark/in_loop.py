@@ -53,6 +53,7 @@ class _Turns(Peers):
         self.bare, self.steps = bare, steps
         self.in_loop: list[Usage] = []
         self.alone: list[Usage] = []
+        self.began = clock()
 
     def at(self, step: int) -> None:
         super().at(step)

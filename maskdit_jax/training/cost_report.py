@@ -118,11 +118,13 @@ def compare(methods: Sequence[str], size: str, image_sizes: Sequence[int]) -> tu
         ["", "parameters", "inference", "training", "activations", "state", "visible"],
         ["", "10^6", "GMAC", "GMAC", "MB, linear + attention", "GB", "patches"],
     ]
+    # All of them first: a slip in the last is said before the first is counted.
+    configs = {(method, side): _published(method, size, side) for side in image_sizes for method in methods}
     costs, forward = [], {}
     for side in image_sizes:
         rows.append([f"{size}, {side}×{side}×4"])
         for method in methods:
-            config = _published(method, size, side)
+            config = configs[method, side]
             cost = cost_of(config)
             forward[method, side] = cost.training.total()
             costs.append(to_json(config, cost))
