@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from maskdit_jax.benchmark.turns import Block, ratio, spread, take_turns
+from maskdit_jax.benchmark.turns import Block, ratio, spreads, take_turns
 from maskdit_jax.benchmark.worker import Worker, workers
 from maskdit_jax.config import ConfigDict
 from maskdit_jax.errors import UserError
@@ -86,7 +86,7 @@ def _measure(ours: Worker, torch: Worker, forms: Sequence[str], rounds: int, ste
     usages = take_turns(runs, rounds, steps)
     result: dict[str, Any] = {"rounds": rounds, "steps": steps, "sides": {}, "ratios": {}}
     for label, blocks in usages.items():
-        took = {field: list(spread([getattr(b, field) for b in blocks])) for field in blocks[0]._fields}
+        took = spreads(blocks)
         result["sides"][label] = took | {
             "images_per_s": ours.about["batch_size"] / took["wall_s"][0],
             "peak_bytes": (ours if label == OURS else torch).peak_bytes,

@@ -5,7 +5,7 @@ from typing import Any
 
 from maskdit_jax.benchmark.side import Run, Side
 from maskdit_jax.benchmark.step import WARM_UP_STEPS
-from maskdit_jax.benchmark.turns import Usage, ratio, spread, take_turns
+from maskdit_jax.benchmark.turns import Usage, ratio, spreads, take_turns
 from maskdit_jax.benchmark.worker import Worker
 
 PROGRAM, PROCESS = "program_bytes", "peak_bytes"
@@ -38,7 +38,7 @@ def compare(sides: Mapping[str, Side], *, rounds: int, steps: int, peak: bool = 
     }
     found: dict[str, dict[str, Any]] = {}
     for name, usages in blocks.items():
-        took = {field: list(spread([getattr(u, field) for u in usages])) for field in Usage._fields}
+        took = spreads(usages)
         what = {"config": sides[name].config, "overrides": sides[name].overrides}
         found[name] = what | runs[name].about() | took | {"images_per_s": 1 / took["wall_s"][0]}
         found[name] |= peaks.get(name, {})

@@ -9,7 +9,7 @@ import jax
 
 from maskdit_jax.benchmark.side import Side
 from maskdit_jax.benchmark.step import WARM_UP_STEPS, StepRun
-from maskdit_jax.benchmark.turns import Usage, clock, ratio, since, spread
+from maskdit_jax.benchmark.turns import Usage, clock, ratio, since, spreads
 from maskdit_jax.distributed.peers import Peers
 from maskdit_jax.training import loop
 
@@ -39,7 +39,7 @@ def compare_loop(side: Side, *, rounds: int, steps: int) -> dict[str, Any]:
         loop.train(config, Path(folder) / "run", source, turns)
     result: dict[str, Any] = {"rounds": rounds, "steps": steps, "batch_size": bare.batch_size}
     for name, blocks in (("loop", turns.in_loop), ("step", turns.alone)):
-        result[name] = {field: list(spread([getattr(b, field) for b in blocks])) for field in Usage._fields}
+        result[name] = spreads(blocks)
     fields = ("wall_s", "cpu_s")
     result["ratios"] = {field: list(ratio(turns.alone, turns.in_loop, field)) for field in fields}
     return result

@@ -59,6 +59,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
+def spreads(blocks: Sequence[Usage]) -> dict[str, list[float]]:
+    """Median, least and largest of each field."""
+    return {field: list(spread([getattr(b, field) for b in blocks])) for field in Usage._fields}
+
+
 def ratio(above: Sequence[Usage], below: Sequence[Usage], field: str) -> Spread:
     """Of one side's wall_s, cpu_s or page_faults to another's, round by round: what a busy machine does to
     both of a round leaves it alone."""
